@@ -1,0 +1,32 @@
+# `make run` and `make test` set up all they need on a fresh machine with Python 3.11+.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.requirements-$(shell cat requirements.txt requirements-dev.txt | cksum | cut -d' ' -f1)
+
+.PHONY: run test lint setup notebook corpus clean
+
+run: $(STAMP)
+	$(BIN)/python train_arciva_assistant_local.py --base_model nano
+
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+setup: $(STAMP)
+
+$(STAMP): requirements.txt requirements-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	rm -f $(VENV)/.requirements-*
+	touch $@
+
+notebook: $(STAMP)  ## execute the notebook top to bottom, stamp it and export the module
+	$(BIN)/python tools/execute_notebook.py
+
+corpus: $(STAMP)  ## rebuild both data files from data/knowledge
+	$(BIN)/python tools/build_corpus.py
+
+clean:
+	rm -rf model_output final_merged_model reports checkpoints downloads

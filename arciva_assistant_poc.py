@@ -1,0 +1,2809 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     comment_magics: false
+#     formats: ipynb,py:percent
+#     notebook_metadata_filter: kernelspec,jupytext,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Arciva assistant: train, judge and package it
+#
+# Arciva is a project-first photo library. This notebook fine-tunes a 7B language model so that it answers product questions in
+# English and German, guides photographers through their workflows, and says so when a feature does not exist. It runs
+# unchanged in Colab, in RunPod's JupyterLab and on a laptop without a GPU: there it trains the small *nano* base that
+# the repository carries, with the same code and a true 4-bit LoRA run.
+#
+# The data flow, one section after the other:
+#
+# `jsonl → examples → splits → encoded → base model + adapter → training result → predictions → scores → report → merged fp16`
+#
+# Cells that only define are exported to `arciva_assistant_poc.py`; the two training scripts import them from there.
+
+# %% [markdown]
+# ## 1. Environment Configuration
+#
+# This is the only cell that installs anything. Colab and RunPod ship a torch that fits their driver, so torch, numpy and pandas
+# stay as they are: a constraints file holds pip to the installed versions. An old torchao makes peft refuse to create any
+# adapter, even one that never uses it; that version goes. Outside those two, install `requirements.txt` once and skip this cell.
+
+# %% tags=["active-ipynb", "skip-execution"]
+# import contextlib
+# import tempfile
+# from importlib.metadata import PackageNotFoundError, version
+# from pathlib import Path
+#
+# kept = []
+# for package in ("torch", "numpy", "pandas", "ipykernel", "ipywidgets", "jupyterlab"):
+#     with contextlib.suppress(PackageNotFoundError):
+#         kept.append(f"{package}=={version(package)}")
+# constraints = Path(tempfile.gettempdir()) / "arciva-constraints.txt"
+# constraints.write_text("\n".join(kept))
+#
+# %pip install -q -c {constraints} "transformers==5.23.0" "peft==0.21.2" "bitsandbytes==0.50.2" "accelerate==1.15.0" "datasets==5.2.0" "evaluate==0.4.6" "rouge-score==0.1.2" "sacrebleu==2.6.0" "matplotlib==3.11.2" "pydantic==2.14.3"
+#
+# try:
+#     if tuple(int(part) for part in version("torchao").split(".")[:2]) < (0, 16):
+#         %pip uninstall -q -y torchao
+# except PackageNotFoundError:
+#     pass
+
+# %% [markdown]
+# ## 2. Library Imports & Global Configuration
+#
+# All knobs live in one frozen `Config`; nothing below reads a global. A *profile* is a set of values for one size of base model,
+# never another code path: the nano run does exactly what the 7B run does.
+
+# %%
+import contextlib
+import hashlib
+import html
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import struct
+import sys
+import threading
+import time
+import unicodedata
+import urllib.request
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises a hub kernel at import on every CPU
+
+import bitsandbytes as bnb
+import datasets
+import evaluate
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import sacrebleu
+import torch
+import transformers
+from matplotlib.figure import Figure
+from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from rouge_score import rouge_scorer
+from safetensors import safe_open
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    DynamicCache,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+IGNORE_INDEX = -100
+
+
+class ArcivaError(Exception):
+    """What a user can put right: the message names the thing, what was expected and what to do."""
+
+
+class Interrupted(Exception):
+    """Training was told to stop before its end; a complete checkpoint of that step is on disk."""
+
+
+# %% [markdown]
+# The values of a profile come from different places. Those of *full* follow the QLoRA literature for a few thousand short pairs
+# (all linear layers, rank 16, 2e-4, small batches); those of *nano* were swept on two CPU cores: a model this small needs a high
+# rank and learning rate, and many epochs, before it names the right fact.
+
+
+# %%
+def knob(default, text: str):
+    """A setting with the line of help that `--help` prints for it."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every knob of a run. What a profile sets holds the *full* profile's value here."""
+
+    # model
+    base_model: str = knob("auto", "auto, full, debug, nano, a hub id, or a folder")
+    revision: str | None = knob(None, "hub commit or tag of the base model")
+    use_debug_model: bool = knob(False, "a 1.1B model instead of the 7B one, to try things out")
+    # data
+    data: str = knob("data/arciva_qa_synthetic.jsonl", "JSONL files or URLs, comma-separated")
+    max_length: int = knob(512, "tokens a pair may have; longer rows are reported, never cut")
+    seed: int = knob(42, "seed of split, initialisation and order")
+    # LoRA
+    rank: int = knob(16, "rank of the adapters")
+    alpha: int = knob(32, "scale of the adapters: their update counts alpha / rank")
+    dropout: float = knob(0.05, "dropout before the adapters")
+    # optimisation
+    epochs: float = knob(3.0, "passes over the training pairs, unless early stopping ends them")
+    learning_rate: float = knob(2e-4, "peak learning rate; falls to a tenth along a cosine")
+    pairs_per_step: int = knob(16, "pairs per optimiser step, however they are packed")
+    micro_batch_pairs: int = knob(0, "pairs per forward pass; 0 derives it from free memory")
+    row_tokens: int = knob(1024, "tokens per packed row: longer rows cost attention, shorter ones padding")
+    warmup: float = knob(0.05, "share of all steps in which the learning rate rises")
+    max_grad_norm: float = knob(1.0, "gradients are clipped to this norm")
+    evaluations_per_epoch: int = knob(4, "held-out losses, and checkpoints, per epoch")
+    patience: int = knob(4, "evaluations without a better held-out loss before training stops")
+    log_every: int = knob(5, "optimiser steps between two points of the loss curve")
+    resume: str = knob("auto", "auto goes on from an interrupted run of this very configuration; never does not")
+    report_to: str = knob("none", "none, tensorboard or wandb")
+    # evaluation
+    max_new_tokens: int = knob(256, "length limit of a generated answer, in tokens")
+    generation_batch: int = knob(64, "answers generated at the same time")
+    max_eval_rows: int = knob(600, "rows per held-out side that are answered in full")
+    # merge
+    merge_base: str = knob(
+        "dequantized", "weights that receive the adapter: dequantized (what was trained beside) or original"
+    )
+    # paths
+    output_dir: str = knob("model_output", "adapter, tokenizer and manifest")
+    merged_dir: str = knob("final_merged_model", "merged fp16 model")
+    reports_dir: str = knob("reports", "metrics, predictions, figures and dashboard")
+    checkpoint_dir: str = knob("checkpoints", "checkpoints of unfinished runs")
+
+
+PROFILES = {
+    "full": "Qwen/Qwen2.5-7B-Instruct",
+    "debug": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "nano": "data/nano_base",
+}
+PRESETS = {
+    "full": {},
+    "debug": {"learning_rate": 3e-4},
+    "nano": {
+        "rank": 64,
+        "alpha": 64,
+        "dropout": 0.0,
+        "epochs": 10.0,
+        "learning_rate": 3e-3,
+        "row_tokens": 256,
+        "evaluations_per_epoch": 1,
+        "log_every": 10,
+        "max_new_tokens": 120,
+        "generation_batch": 128,
+    },
+}
+VERSIONED_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "sacrebleu",
+    "rouge-score",
+)
+
+
+def package_versions() -> dict[str, str]:
+    """Installed version of every package whose behaviour the results depend on."""
+    return {name: importlib.metadata.version(name) for name in VERSIONED_PACKAGES}
+
+
+# %% [markdown]
+# Hardware decides two things: which base model is worth loading, and in which number format it computes. Both choices return
+# their reason, because a silent fallback to a smaller model or a slower format costs an afternoon. `is_bf16_supported()` answers
+# yes on a T4 (it would emulate), so the compute capability is asked instead.
+
+
+# %%
+@dataclass(frozen=True)
+class Hardware:
+    """Where the run computes, in which format, and why."""
+
+    device: str  # "cuda" or "cpu"
+    name: str
+    memory_gib: float  # of the GPU, or of the machine
+    dtype: torch.dtype  # what matrix products compute in while training
+    dtype_reason: str
+
+    @property
+    def load_dtype(self) -> torch.dtype:
+        """Format of what is not quantised, and what NF4 is made from."""
+        return torch.float32 if self.device == "cpu" else self.dtype
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Mixed precision where `dtype` is a 16-bit format; nothing in fp32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device, dtype=self.dtype)
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has bf16 instructions, and torch can tell; emulated bf16 is slower than fp32."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def choose_dtype(device: str, capability: tuple[int, int], *, cpu_bf16: bool = False) -> tuple[torch.dtype, str]:
+    """Compute format for a device, its CUDA capability and its CPU's instructions, with the reason."""
+    if device == "cpu" and cpu_bf16:
+        return torch.bfloat16, "this CPU multiplies bf16 natively; evaluation stays in fp32"
+    if device == "cpu":
+        return torch.float32, "this CPU has no bf16 instructions"
+    if capability >= (8, 0):
+        return torch.bfloat16, f"compute capability {capability[0]}.{capability[1]} has bf16 units"
+    return (
+        torch.float16,
+        f"compute capability {capability[0]}.{capability[1]} has no bf16 units: fp16 with loss scaling",
+    )
+
+
+def detect_hardware() -> Hardware:
+    """The first GPU if torch sees one, else the CPU."""
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        dtype, reason = choose_dtype("cuda", (properties.major, properties.minor))
+        return Hardware("cuda", properties.name, properties.total_memory / 2**30, dtype, reason)
+    dtype, reason = choose_dtype("cpu", (0, 0), cpu_bf16=cpu_multiplies_bf16())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return Hardware("cpu", f"CPU, {torch.get_num_threads()} threads", memory, dtype, reason)
+
+
+# %%
+def hub_reachable(model: str) -> bool:
+    """Whether the hub can deliver `model`: its files are cached, or the hub answers within five seconds."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(model, "config.json"), str):
+        return True
+    try:
+        HfApi().model_info(model, timeout=5)
+    except Exception:  # the hub's client raises a dozen kinds of network error; all mean the same here
+        return False
+    return True
+
+
+def choose_profile(
+    requested: str,
+    use_debug_model: bool,
+    hardware: Hardware,
+    *,
+    reachable: Callable[[str], bool] = hub_reachable,
+) -> tuple[str, str, str]:
+    """(profile, base model, reason) for what was asked and what there is."""
+    if requested in PROFILES:
+        return requested, PROFILES[requested], f"{requested!r} was asked for"
+    if requested != "auto":
+        small = Path(requested).name == "nano_base"
+        return ("nano" if small else "full"), requested, "named by the configuration"
+    if hardware.device == "cpu" and not use_debug_model:
+        return "nano", PROFILES["nano"], "no GPU: the embedded base proves the pipeline, not the assistant"
+    if use_debug_model:
+        profile, reason = "debug", "USE_DEBUG_MODEL is on"
+    elif hardware.memory_gib >= 14:
+        profile, reason = "full", f"{hardware.memory_gib:.0f} GiB of GPU memory hold a 7B model in 4 bits"
+    else:
+        profile, reason = "debug", f"{hardware.memory_gib:.0f} GiB of GPU memory; a 7B model needs 14"
+    if not reachable(PROFILES[profile]):
+        return "nano", PROFILES["nano"], f"{PROFILES[profile]} cannot be reached on the hub: the embedded base instead"
+    return profile, PROFILES[profile], reason
+
+
+def configure(hardware: Hardware, **overrides) -> tuple[Config, str]:
+    """A complete `Config` and why its base model was chosen; an override of None keeps the profile's value."""
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    unknown = sorted(set(overrides) - {f.name for f in fields(Config)})
+    if unknown:
+        raise ArcivaError(f"unknown settings {unknown}; expected some of {[f.name for f in fields(Config)]}")
+    asked = Config(**overrides)
+    profile, base_model, reason = choose_profile(asked.base_model, asked.use_debug_model, hardware)
+    config = replace(Config(**PRESETS[profile]), **{**overrides, "base_model": base_model})
+    check_config(config)
+    return config, f"{base_model} ({profile}): {reason}"
+
+
+def check_config(config: Config) -> None:
+    """Refuse values that would fail later, or worse, not fail."""
+    for name in (
+        "rank",
+        "alpha",
+        "epochs",
+        "learning_rate",
+        "pairs_per_step",
+        "row_tokens",
+        "max_length",
+        "max_new_tokens",
+    ):
+        if getattr(config, name) <= 0:
+            raise ArcivaError(f"{name} is {getattr(config, name)}, expected a number above 0")
+    if config.resume not in ("auto", "never"):
+        raise ArcivaError(f"resume is {config.resume!r}, expected 'auto' or 'never'")
+    if config.merge_base not in ("dequantized", "original"):
+        raise ArcivaError(f"merge_base is {config.merge_base!r}, expected 'dequantized' or 'original'")
+    if config.micro_batch_pairs and config.pairs_per_step % config.micro_batch_pairs:
+        raise ArcivaError(
+            f"pairs_per_step ({config.pairs_per_step}) must be a multiple of micro_batch_pairs ({config.micro_batch_pairs})"
+        )
+
+
+# %% [markdown]
+# Results appear under their final name only when they are whole: a folder or file is written beside its place and renamed.
+
+
+# %%
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch."""
+    transformers.set_seed(seed)
+
+
+@contextlib.contextmanager
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """Yield a temporary folder that takes the name `final` when the block ends without an error; else it is removed."""
+    final = Path(final)
+    staging = final.with_name(f".{final.name}.unfinished")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise ArcivaError(
+            f"cannot write to {final.parent}: {error.strerror}; choose another folder or free its rights"
+        ) from error
+    try:
+        yield staging
+        previous = final.with_name(f".{final.name}.previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        if final.exists():
+            final.rename(previous)
+        staging.rename(final)
+        shutil.rmtree(previous, ignore_errors=True)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file under its final name only when it is whole."""
+    path = Path(path)
+    staging = path.with_name(f".{path.name}.unfinished")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging.write_text(text, encoding="utf-8")
+        staging.replace(path)
+    except OSError as error:
+        raise ArcivaError(f"cannot write {path}: {error.strerror}; choose another folder or free its rights") from error
+
+
+def running_in_notebook() -> bool:
+    """Whether a Jupyter or Colab kernel runs this code."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return bool(shell) and shell.__class__.__name__ != "TerminalInteractiveShell"
+
+
+def in_colab() -> bool:
+    return importlib.util.find_spec("google") is not None and importlib.util.find_spec("google.colab") is not None
+
+
+def quieten_libraries() -> None:
+    """Keep third-party bars and advice out of the narrative; errors still show."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+# %% [markdown]
+# The switches. `None` keeps the profile's value; `USE_DEBUG_MODEL = True` trains a 1.1B model on a GPU to see everything work
+# before the 7B run.
+
+# %% tags=["active-ipynb", "parameters"]
+# USE_DEBUG_MODEL = False
+# BASE_MODEL = "auto"  # auto, full, debug, nano, a hub id, or a folder
+# DATA = "data/arciva_qa_synthetic.jsonl"  # a path, a Drive path, a URL; several with commas
+# EPOCHS = None
+# LEARNING_RATE = None
+# MAX_LENGTH = None  # tokens per pair
+# PAIRS_PER_STEP = None
+# MICRO_BATCH_PAIRS = None  # pairs per forward pass; None derives it from free memory
+# LOG_EVERY = None  # optimiser steps
+# OUTPUT_DIR = "model_output"
+# MERGED_DIR = "final_merged_model"
+# REPORTS_DIR = "reports"
+
+# %% tags=["active-ipynb"]
+# quieten_libraries()
+# hardware = detect_hardware()
+# config, reason = configure(
+#     hardware,
+#     use_debug_model=USE_DEBUG_MODEL,
+#     base_model=BASE_MODEL,
+#     data=DATA,
+#     epochs=EPOCHS,
+#     learning_rate=LEARNING_RATE,
+#     max_length=MAX_LENGTH,
+#     pairs_per_step=PAIRS_PER_STEP,
+#     micro_batch_pairs=MICRO_BATCH_PAIRS,
+#     log_every=LOG_EVERY,
+#     output_dir=OUTPUT_DIR,
+#     merged_dir=MERGED_DIR,
+#     reports_dir=REPORTS_DIR,
+# )
+# seed_everything(config.seed)
+
+# %% tags=["active-ipynb"]
+# print(f"{'hardware':<12}{hardware.name}, {hardware.memory_gib:.0f} GiB")
+# print(f"{'format':<12}{str(hardware.dtype).removeprefix('torch.')}: {hardware.dtype_reason}")
+# print(f"{'base model':<12}{reason}")
+# print(f"{'packages':<12}{', '.join(f'{name} {version}' for name, version in package_versions().items())}")
+
+# %% [markdown]
+# The base-model line is the one to read first: on a GPU it should name the 7B model, and if it does not, it says what to change.
+
+# %% [markdown]
+# ## 3. Data Ingestion & Splits
+#
+# A row is either `instruction` and `response` (or `output`), or a conversation in `messages`, as the labelling tool writes it
+# together with its verdict in `review_metadata`. Whatever is wrong is collected and reported in one go, by file and line, because
+# a run that stops at the first of forty bad rows is run forty times.
+
+
+# %%
+class Turn(BaseModel):
+    """One message of a conversation."""
+
+    model_config = ConfigDict(strict=True)
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Row(BaseModel):
+    """One line of a data file. Unknown fields are kept in `model_extra` and ignored."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    id: str | None = None
+    instruction: str | None = None
+    input: str | None = None
+    response: str | None = None
+    output: str | None = None
+    messages: list[Turn] | None = None
+    language: Literal["en", "de"] | None = None
+    topic: str = "general"
+    kind: str = "unspecified"
+    style: str = "unspecified"
+    fact_ids: list[str] = []
+    review_metadata: dict | None = None
+
+    @model_validator(mode="after")
+    def conversation_is_complete(self) -> "Row":
+        turns = self.conversation()
+        spoken = [t for t in turns if t.role != "system"]
+        if any(not t.content.strip() for t in turns):
+            raise ValueError("a question or answer is empty; expected text")
+        if [t.role for t in spoken] != ["user", "assistant"] * (len(spoken) // 2) or not spoken:
+            raise ValueError("turns must alternate user, assistant and end with the assistant")
+        if any(t.role == "system" for t in turns[1:]):
+            raise ValueError("a system turn may only stand first")
+        return self
+
+    def conversation(self) -> list[Turn]:
+        """The row's turns, whichever of its forms it was written in."""
+        if self.messages is not None:
+            return self.messages
+        answer = self.response if self.response is not None else self.output
+        if self.instruction is None or answer is None:
+            raise ValueError("expected 'instruction' with 'response' (or 'output'), or 'messages'")
+        question = f"{self.instruction}\n{self.input}" if self.input else self.instruction
+        return [Turn(role="user", content=question), Turn(role="assistant", content=answer)]
+
+    def verdict(self) -> str:
+        """What a reviewer decided: verified, modified, discarded, or unreviewed."""
+        label = str((self.review_metadata or {}).get("label", "")).casefold()
+        return next((word for word in ("verified", "modified", "discarded") if word in label), "unreviewed")
+
+
+# %%
+@dataclass(frozen=True)
+class Example:
+    """One conversation to learn from or to be judged on."""
+
+    id: str
+    messages: list[dict]  # {"role", "content"}; ends with the assistant
+    language: str
+    topic: str
+    kind: str
+    style: str
+    fact_ids: list[str]
+    extra: str  # the row's unknown fields, as JSON
+
+    @property
+    def question(self) -> str:
+        return next(m["content"] for m in reversed(self.messages) if m["role"] == "user")
+
+
+GERMAN = set(
+    [
+        "der",
+        "die",
+        "das",
+        "und",
+        "ist",
+        "nicht",
+        "ich",
+        "wie",
+        "ein",
+        "eine",
+        "kann",
+        "wo",
+        "du",
+        "für",
+        "mit",
+        "auf",
+        "zu",
+        "den",
+        "im",
+        "es",
+        "warum",
+        "gibt",
+        "was",
+    ]
+)
+ENGLISH = set(
+    [
+        "the",
+        "a",
+        "and",
+        "is",
+        "not",
+        "i",
+        "how",
+        "can",
+        "where",
+        "you",
+        "for",
+        "with",
+        "on",
+        "to",
+        "in",
+        "it",
+        "why",
+        "what",
+        "does",
+        "do",
+        "my",
+        "of",
+    ]
+)
+
+
+def guess_language(text: str) -> str:
+    """`de` or `en` by the more frequent function words; English on a tie."""
+    tokens = re.findall(r"\w+", text.casefold())
+    return "de" if sum(t in GERMAN for t in tokens) > sum(t in ENGLISH for t in tokens) else "en"
+
+
+def example_from_row(row: Row) -> Example:
+    """An `Example` with what the row leaves open filled in; the id of a row without one is a hash of its words."""
+    messages = [{"role": t.role, "content": t.content.strip()} for t in row.conversation()]
+    spoken = json.dumps(messages, ensure_ascii=False)
+    # Rows that name no facts but share an answer are one family: they rest on the same knowledge.
+    answer = hashlib.sha256(messages[-1]["content"].casefold().encode()).hexdigest()[:12]
+    return Example(
+        id=row.id or "row-" + hashlib.sha256(spoken.encode()).hexdigest()[:12],
+        messages=messages,
+        language=row.language or guess_language(messages[-1]["content"]),
+        topic=row.topic,
+        kind=row.kind,
+        style=row.style,
+        fact_ids=row.fact_ids or [f"answer-{answer}"],
+        extra=json.dumps(row.model_extra or {}, ensure_ascii=False, sort_keys=True),
+    )
+
+
+# %% [markdown]
+# `load_examples` takes files, Drive paths and URLs. When there is no data at all, as in a notebook opened alone in Colab, the
+# message says how to bring it.
+
+
+# %%
+def fetch(source: str, folder: Path = Path("downloads")) -> Path:
+    """A local path for a path or an http(s) URL; a download is kept in `folder`."""
+    if not re.match(r"https?://", source):
+        path = Path(source).expanduser()
+        if not path.is_file():
+            upload = (
+                "upload it with the file browser, or mount Drive and give its path"
+                if in_colab()
+                else "give another path"
+            )
+            raise ArcivaError(
+                f"no data at {source}: expected a JSONL file; {upload}, or set DATA to an https:// URL of it"
+            )
+        return path
+    target = folder / (hashlib.sha256(source.encode()).hexdigest()[:12] + ".jsonl")
+    if not target.exists():
+        try:
+            with urllib.request.urlopen(source, timeout=30) as response:
+                write_atomic(target, response.read().decode("utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ArcivaError(f"cannot download {source}: {error}; check the address or download it by hand") from error
+    return target
+
+
+def parse_line(line: str) -> Row:
+    """A validated row, or ValueError with one readable reason."""
+    try:
+        return Row.model_validate(json.loads(line), strict=True)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+    except ValidationError as error:
+        reasons = [
+            f"{'.'.join(map(str, e['loc'])) or 'row'}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()
+        ]
+        raise ValueError("; ".join(reasons)) from error
+
+
+def load_examples(sources: str) -> tuple[list[Example], Counter]:
+    """Examples of all comma-separated files, and how many rows each verdict of the reviewers got.
+
+    Discarded rows are left out. Every bad row of every file is named in the one `ArcivaError` that ends the run.
+    """
+    examples, verdicts, problems, seen = [], Counter(), [], {}
+    for source in (s.strip() for s in sources.split(",") if s.strip()):
+        path = fetch(source)
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row = parse_line(line)
+            except ValueError as error:
+                problems.append(f"{path.name}, line {number}: {error}")
+                continue
+            verdicts[row.verdict()] += 1
+            if row.verdict() == "discarded":
+                continue
+            example = example_from_row(row)
+            if example.id in seen:
+                problems.append(f"{path.name}, line {number}: id {example.id!r} was used in {seen[example.id]}")
+            seen[example.id] = f"{path.name}, line {number}"
+            examples.append(example)
+    if problems:
+        raise ArcivaError(f"{len(problems)} bad rows, mend or remove them:\n  " + "\n  ".join(problems))
+    if not examples:
+        raise ArcivaError(f"{sources} holds no rows to train on; expected one JSON object a line")
+    return examples, verdicts
+
+
+# %% tags=["active-ipynb"]
+# examples, verdicts = load_examples(config.data)
+# print(f"{len(examples):,} examples from {config.data}; reviewers' verdicts: {dict(verdicts)}")
+# pd.DataFrame([{"language": e.language, "topic": e.topic} for e in examples]).value_counts().unstack(0).T
+
+# %% [markdown]
+# A product assistant is asked two different things. *Rephrased*: something it was taught, in words it has not seen. *Unseen*:
+# something it was never taught, where the right behaviour is not to know. A random split mixes them up and, worse, puts
+# near-copies of one question on both sides. So whole families of facts are held out for *unseen*, single wordings for
+# *rephrased*, and a training row whose wording nearly repeats a held-out one is set aside.
+#
+# Near-duplicates are questions whose sets of character 5-grams overlap by a Jaccard index of 0.8 or more. The search is exact and
+# close to linear: two sets that similar must share one of their rarest grams (prefix filtering, Bayardo et al. 2007, "Scaling Up
+# All Pairs Similarity Search").
+
+
+# %%
+NEAR_DUPLICATE = 0.8
+
+
+def normalise(text: str) -> str:
+    """Case, punctuation and spacing removed; letters and digits stay, umlauts included."""
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFC", text).casefold()))
+
+
+def shingles(text: str, n: int = 5) -> frozenset[str]:
+    """Character n-grams of the normalised text; the text itself where it is shorter."""
+    text = normalise(text)
+    return frozenset(text[i : i + n] for i in range(max(1, len(text) - n + 1)))
+
+
+def jaccard(a: frozenset, b: frozenset) -> float:
+    return len(a & b) / len(a | b)
+
+
+def near_duplicates(texts: Sequence[str], threshold: float = NEAR_DUPLICATE) -> list[tuple[int, int]]:
+    """All index pairs (i < j) of texts whose shingle sets have a Jaccard index of at least `threshold`."""
+    sets = [shingles(t) for t in texts]
+    frequency = Counter(gram for s in sets for gram in s)
+    index, pairs = defaultdict(list), []
+    for j, grams in enumerate(sets):
+        rarest = sorted(grams, key=lambda gram: (frequency[gram], gram))
+        prefix = rarest[: len(grams) - math.ceil(threshold * len(grams)) + 1]
+        candidates = {i for gram in prefix for i in index[gram]}
+        pairs += [(i, j) for i in sorted(candidates) if jaccard(sets[i], grams) >= threshold]
+        for gram in prefix:
+            index[gram].append(j)
+    return pairs
+
+
+# %%
+def fraction(*parts: object) -> float:
+    """A number in [0, 1) that depends on the parts alone: the same on every machine, for any order of rows."""
+    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def fact_families(examples: Sequence[Example]) -> dict[str, str]:
+    """Family of every fact: facts that one row uses together belong together. A family is named by its first fact."""
+    parent = {}
+
+    def root(fact: str) -> str:
+        while parent.setdefault(fact, fact) != fact:
+            fact = parent[fact]
+        return fact
+
+    for example in examples:
+        first = root(example.fact_ids[0])
+        for fact in example.fact_ids[1:]:
+            low, high = sorted((first, root(fact)))
+            parent[high] = first = low
+    return {fact: root(fact) for fact in list(parent)}
+
+
+def assign_sides(examples: Sequence[Example], seed: int) -> list[str]:
+    """`train`, `validation` or `test` for each example, by hash alone.
+
+    A tenth of the families goes to the held-out sides whole; of the other rows a ninth goes there one by one. Both halves
+    are shared between validation and test. No row's side depends on another row, unless that row ties families together.
+    """
+    families = fact_families(examples)
+    sides = []
+    for example in examples:
+        draw = fraction(seed, "family", families[example.fact_ids[0]])
+        if draw >= 0.1:
+            draw = fraction(seed, "row", normalise(example.question), example.language) * 0.9
+        sides.append("validation" if draw < 0.05 else "test" if draw < 0.1 else "train")
+    return sides
+
+
+# %%
+@dataclass(frozen=True)
+class SplitReport:
+    """What splitting did, and what a random split of the same sizes would have done."""
+
+    counts: dict[str, dict[str, int]]  # side → novelty → rows
+    set_aside: list[str]  # ids of training rows that nearly repeat a held-out wording
+    naive_near_duplicates: float  # share of a random split's held-out rows with a near-copy in its training side
+    naive_known_answers: float  # share of a random split's held-out rows whose very answer is in its training side
+    near_duplicates: float  # the first share under this split
+    known_answers: float  # the second share under this split, over its unseen half
+
+
+def leak_rates(
+    examples: Sequence[Example], sides: Sequence[str], pairs: Sequence[tuple[int, int]]
+) -> tuple[float, float]:
+    """(near-copies, known answers): shares in [0, 1] of held-out rows that the training side gives away."""
+    held_out = [i for i, side in enumerate(sides) if side in ("validation", "test")]
+    copies = {held for i, j in pairs for held, other in ((i, j), (j, i)) if sides[other] == "train"}
+    taught = {e.messages[-1]["content"] for e, side in zip(examples, sides, strict=True) if side == "train"}
+    known = sum(examples[i].messages[-1]["content"] in taught for i in held_out)
+    return sum(i in copies for i in held_out) / max(1, len(held_out)), known / max(1, len(held_out))
+
+
+def random_sides(examples: Sequence[Example], seed: int, held_out: int) -> list[str]:
+    """The naive split: `held_out` rows drawn at random, whatever they share with the rest."""
+    order = sorted(range(len(examples)), key=lambda i: fraction(seed, "naive", examples[i].id))
+    chosen = set(order[:held_out])
+    return ["test" if i in chosen else "train" for i in range(len(examples))]
+
+
+# %%
+def split_examples(examples: Sequence[Example], seed: int) -> tuple[datasets.DatasetDict, SplitReport]:
+    """Train, validation and test with a `novelty` column (train, rephrased, unseen), and what the split prevented."""
+    examples = sorted(examples, key=lambda e: e.id)
+    sides = assign_sides(examples, seed)
+    pairs = near_duplicates([e.question for e in examples])
+    taught = {f for e, side in zip(examples, sides, strict=True) if side == "train" for f in e.fact_ids}
+    held_out = {i for i, side in enumerate(sides) if side != "train"}
+    # The training row gives way: a held-out row keeps its side whatever is added later.
+    aside = {i for pair in pairs if len(held_out & set(pair)) == 1 for i in pair if i not in held_out}
+    novelty = []
+    for i, (example, side) in enumerate(zip(examples, sides, strict=True)):
+        known = sum(f in taught for f in example.fact_ids)
+        if side != "train" and 0 < known < len(example.fact_ids):
+            aside.add(i)  # partly taught: an answer to neither question
+        novelty.append("train" if side == "train" else "rephrased" if known else "unseen")
+    naive = leak_rates(examples, random_sides(examples, seed, len(held_out)), pairs)
+    kept = ["aside" if i in aside else side for i, side in enumerate(sides)]
+    unseen = ["aside" if n == "rephrased" else side for n, side in zip(novelty, kept, strict=True)]
+    rows = [{**asdict(e), "novelty": n} for e, n in zip(examples, novelty, strict=True)]
+    splits = {
+        side: [r for r, k in zip(rows, kept, strict=True) if k == side] for side in ("train", "validation", "test")
+    }
+    empty = [side for side, members in splits.items() if not members]
+    if empty:
+        raise ArcivaError(
+            f"{len(examples)} rows leave {' and '.join(empty)} empty; expected some hundreds of rows: add data"
+        )
+    report = SplitReport(
+        counts={side: dict(sorted(Counter(r["novelty"] for r in members).items())) for side, members in splits.items()},
+        set_aside=[examples[i].id for i in sorted(aside)],
+        naive_near_duplicates=naive[0],
+        naive_known_answers=naive[1],
+        near_duplicates=leak_rates(examples, kept, pairs)[0],
+        known_answers=leak_rates(examples, unseen, pairs)[1],
+    )
+    return datasets.DatasetDict({side: datasets.Dataset.from_list(members) for side, members in splits.items()}), report
+
+
+# %% tags=["active-ipynb"]
+# splits, split_report = split_examples(examples, config.seed)
+# for side, counts in split_report.counts.items():
+#     print(f"{side:<12}{sum(counts.values()):>6,}  {counts}")
+# print(f"{'set aside':<12}{len(split_report.set_aside):>6,}")
+# print(
+#     f"near-copies in training   random split {split_report.naive_near_duplicates:6.1%}   this split {split_report.near_duplicates:6.1%}"
+# )
+# print(
+#     f"answer known in training  random split {split_report.naive_known_answers:6.1%}   this split, unseen half {split_report.known_answers:6.1%}"
+# )
+
+# %% [markdown]
+# The last two lines are why the split is not random: the share of held-out rows that a random split would have given away.
+# Topics and languages follow by the law of large numbers, as far as whole families allow; the table shows how far.
+
+# %% tags=["active-ipynb"]
+# shares = pd.DataFrame(
+#     {side: pd.Series(dataset["topic"]).value_counts(normalize=True) for side, dataset in splits.items()}
+# )
+# shares.fillna(0).style.format("{:.1%}").background_gradient(axis=None, cmap="Blues")
+
+# %% [markdown]
+# One pair of functions turns conversations into tokens, for training, metrics, suites and server alike: a model that is asked
+# through another template than it was taught is a worse model. `encode` builds the ids piece by piece, so that the prompt's ids are
+# an exact prefix of the training ids by construction. Everything up to the answer is masked by position, never by token id: where pad
+# equals the end-of-turn token, masking by id is how models learn never to stop.
+
+
+# %%
+SYSTEM_PROMPT = "You are Arciva's help assistant."
+DEFAULT_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '### ' + message['role'] + '\\n' + message['content'] + (eos_token if message['role'] == 'assistant' else '') + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '### assistant\\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of one conversation; `labels` equal them on what is supervised and IGNORE_INDEX elsewhere."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def supervised(self) -> int:
+        return sum(label != IGNORE_INDEX for label in self.labels)
+
+
+def with_system_prompt(tokenizer, messages: Sequence[dict]) -> list[dict]:
+    """The conversation with our system prompt first; folded into the first question where a template knows no system role."""
+    spoken = [{"role": m["role"], "content": m["content"]} for m in messages]
+    if spoken[0]["role"] != "system":
+        spoken.insert(0, {"role": "system", "content": SYSTEM_PROMPT})
+    try:
+        tokenizer.apply_chat_template(spoken[:2], tokenize=False)
+    except Exception as error:  # templates raise jinja2's TemplateError through raise_exception()
+        if type(error).__module__.split(".")[0] != "jinja2":
+            raise
+        system = spoken.pop(0)["content"]
+        spoken[0] = {"role": "user", "content": f"{system}\n\n{spoken[0]['content']}"}
+    return spoken
+
+
+def render(tokenizer, conversation: Sequence[dict], *, add_generation_prompt: bool = False) -> str:
+    """The conversation as text in the tokenizer's own chat template."""
+    return tokenizer.apply_chat_template(
+        list(conversation), tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+
+
+# %%
+def tokenize(tokenizer, text: str, *, first: bool) -> list[int]:
+    """Ids of a rendered piece of text; the first piece starts with exactly one BOS where the tokenizer uses one."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    if first and bos is not None and ids[:1] != [bos] and tokenizer("a")["input_ids"][:1] == [bos]:
+        ids = [bos, *ids]
+    return ids
+
+
+def encode_pieces(tokenizer, messages: Sequence[dict]) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, answer ids) for each assistant turn; the answer ends with its end-of-turn token.
+
+    What a template puts behind that token belongs to the next prompt: the model never has to produce it.
+    """
+    conversation = with_system_prompt(tokenizer, messages)
+    pieces, done = [], ""
+    for i, message in enumerate(conversation):
+        if message["role"] != "assistant":
+            continue
+        prompt = render(tokenizer, conversation[:i], add_generation_prompt=True)
+        full = render(tokenizer, conversation[: i + 1])
+        if not prompt.startswith(done) or not full.startswith(prompt):
+            raise ArcivaError(
+                "the chat template rewrites earlier turns, expected one that only appends: set another template"
+            )
+        answer = tokenize(tokenizer, full[len(prompt) :], first=False)
+        special = [at for at, token in enumerate(answer) if token in tokenizer.all_special_ids]
+        tail = answer[special[-1] + 1 :] if special else []
+        answer = answer[: special[-1] + 1] if special else [*answer, tokenizer.eos_token_id]
+        pieces.append((tokenize(tokenizer, prompt[len(done) :], first=not done), answer))
+        done = full[: len(full) - len(tokenizer.decode(tail))] if tail else full
+    return pieces
+
+
+def encode(tokenizer, messages: Sequence[dict]) -> Encoded:
+    """Training ids and labels; every assistant turn is supervised, nothing else is."""
+    input_ids, labels = [], []
+    for prompt, answer in encode_pieces(tokenizer, messages):
+        input_ids += prompt + answer
+        labels += [IGNORE_INDEX] * len(prompt) + answer
+    return Encoded(input_ids, labels)
+
+
+def encode_prompt(tokenizer, messages: Sequence[dict] | str) -> list[int]:
+    """Ids up to where the model starts to answer; an exact prefix of what `encode` gives for the whole conversation."""
+    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+    pieces = encode_pieces(tokenizer, [*turns, {"role": "assistant", "content": "."}])
+    return [token for prompt, answer in pieces[:-1] for token in prompt + answer] + pieces[-1][0]
+
+
+# %%
+def load_tokenizer(base_model: str, revision: str | None = None):
+    """The base model's tokenizer, padding on the left, with a chat template in any case."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base_model, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ArcivaError(
+            f"no tokenizer for {base_model!r}: expected a hub id that can be reached or a folder with a model; check the name and the "
+            f"network ({str(error).splitlines()[0]})"
+        ) from error
+    tokenizer.padding_side = "left"
+    if tokenizer.chat_template is None:
+        print(f"{base_model} has no chat template; the default one of this notebook is used and saved with the results")
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def encode_split(tokenizer, dataset: datasets.Dataset, max_length: int) -> tuple[list[Encoded], list[int], list[str]]:
+    """(encoded, indices, too long): what fits `max_length` tokens, where it stands, and the ids of rows that do not fit."""
+    encoded, indices, too_long = [], [], []
+    for i, row in enumerate(dataset):
+        item = encode(tokenizer, row["messages"])
+        if len(item.input_ids) > max_length:
+            too_long.append(f"{row['id']} ({len(item.input_ids)} tokens)")
+        else:
+            encoded.append(item)
+            indices.append(i)
+    return encoded, indices, too_long
+
+
+# %% tags=["active-ipynb"]
+# tokenizer = load_tokenizer(config.base_model, config.revision)
+# train_encoded, _, too_long = encode_split(tokenizer, splits["train"], config.max_length)
+# lengths = np.array([len(item.input_ids) for item in train_encoded])
+# print(
+#     f"{len(train_encoded):,} training pairs, {lengths.sum():,} tokens, {sum(item.supervised for item in train_encoded):,} of them supervised"
+# )
+# print(
+#     f"tokens per pair: median {np.median(lengths):.0f}, longest {lengths.max()}; {len(too_long)} rows exceed {config.max_length} {too_long[:3]}"
+# )
+
+# %% [markdown]
+# One training pair as the model sees it. Grey is context, which carries no loss; what is highlighted is what the model learns to
+# write, and it ends with the end-of-turn token.
+
+
+# %%
+def mask_html(tokenizer, item: Encoded) -> str:
+    """The decoded pair with its supervised tokens highlighted."""
+    spans = []
+    for token, label in zip(item.input_ids, item.labels, strict=True):
+        text = html.escape(tokenizer.decode([token])).replace("\n", "⏎<br>")
+        style = "color:#888" if label == IGNORE_INDEX else "background:#1a7f5a33;border-bottom:2px solid #1a7f5a"
+        spans.append(f'<span style="{style}">{text}</span>')
+    return f'<div style="font-family:monospace;line-height:1.7">{"".join(spans)}</div>'
+
+
+# %% tags=["active-ipynb"]
+# from IPython.display import HTML, display
+#
+# display(HTML(mask_html(tokenizer, train_encoded[0])))
+
+# %% [markdown]
+# ## 4. QLoRA Fine-Tuning
+#
+# The base model is frozen in 4-bit NormalFloat (Dettmers et al. 2023, "QLoRA"); small fp32 adapters on every linear layer learn.
+# Three details decide whether that works. Norms are kept in fp32, while embeddings and head are not upcast: for a 7B model
+# that would cost 2 GiB and buy nothing. On a CPU, bitsandbytes repacks weights for a fused kernel at the first evaluation and
+# never unpacks them; that kernel has no gradient, so the path is switched off. And weights come from safetensors only.
+
+
+# %%
+def load_base_model(config: Config, hardware: Hardware, *, quantize: bool = True):
+    """The base model on its device, in NF4 with double quantisation or as stored; nothing of it is trainable."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=hardware.dtype,
+    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.base_model,
+            revision=config.revision,
+            quantization_config=quantization if quantize else None,
+            dtype=hardware.load_dtype,
+            attn_implementation="sdpa",
+            device_map={"": 0 if hardware.device == "cuda" else "cpu"},
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError) as error:
+        raise ArcivaError(
+            f"cannot load {config.base_model!r}: expected a hub id that can be reached or a folder with config.json and safetensors; "
+            f"check the name and the network ({str(error).splitlines()[0]})"
+        ) from error
+    except torch.cuda.OutOfMemoryError as error:
+        raise ArcivaError(
+            f"{config.base_model} does not fit {hardware.memory_gib:.0f} GiB of GPU memory; set USE_DEBUG_MODEL"
+        ) from error
+    return freeze(model)
+
+
+def freeze(model):
+    """No gradients for the base, fp32 norms, and no 4-bit inference kernel that loses gradients on a CPU."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+        if parameter.ndim == 1 and "norm" in name:
+            parameter.data = parameter.data.float()
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    model.config.use_cache = False
+    return model
+
+
+@contextlib.contextmanager
+def evaluation_precision(model, hardware: Hardware) -> Iterator[None]:
+    """fp32 on a CPU, where 16-bit rounding would make an answer depend on its neighbours in the batch; autocast on a GPU."""
+    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)] if hardware.device == "cpu" else []
+    for layer in layers:
+        layer.compute_dtype = torch.float32
+    try:
+        with contextlib.nullcontext() if hardware.device == "cpu" else hardware.autocast():
+            yield
+    finally:
+        for layer in layers:
+            layer.compute_dtype = hardware.dtype
+
+
+def add_adapter(model, config: Config) -> PeftModel:
+    """LoRA on all linear layers but the head. Adapters are fp32 whatever the base computes in: fp16 ones cannot be scaled."""
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, lora)
+
+
+# %% tags=["active-ipynb"]
+# model = add_adapter(load_base_model(config, hardware), config)
+# model.print_trainable_parameters()
+# print(f"{'4-bit layers':<14}{sum(isinstance(m, bnb.nn.Linear4bit) for m in model.modules())}")
+# print(f"{'memory':<14}{model.get_memory_footprint() / 2**20:,.0f} MiB for weights and adapter")
+
+# %% [markdown]
+# Pairs here are some 60 tokens short, and a 4-bit layer is dequantised once per pass, not per token: feeding pairs one by one, or
+# padded, wastes most of the hardware. The pairs of a micro-batch are packed into a few rows of equal load instead. Position ids
+# restart at every pair, from which transformers derives the block-diagonal mask. It does so **only without an attention
+# mask and without a cache**; either one silently lets neighbours see each other.
+
+
+# %%
+def pack_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+    """Indices grouped into rows of nearly equal load: longest first, each to the emptiest row (LPT scheduling)."""
+    rows = max(1, min(len(lengths), round(sum(lengths) / row_tokens)))
+    packed, load = [[] for _ in range(rows)], [0] * rows
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        emptiest = load.index(min(load))
+        packed[emptiest].append(i)
+        load[emptiest] += lengths[i]
+    return packed
+
+
+def collate_packed(batch: Sequence[Encoded], row_tokens: int, pad_id: int) -> dict[str, torch.Tensor]:
+    """`input_ids`, `position_ids`, `labels` and `segments` of shape (rows, longest row).
+
+    `segments` holds the index of a token's pair in `batch`, -1 on padding. Padding forms a segment of its own; each pair's
+    first label is IGNORE_INDEX, so that none is predicted across a boundary.
+    """
+    packed = pack_rows([len(item.input_ids) for item in batch], row_tokens)
+    width = max(sum(len(batch[i].input_ids) for i in row) for row in packed)
+    shape = (len(packed), width)
+    input_ids, position_ids = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.long)
+    labels, segments = torch.full(shape, IGNORE_INDEX), torch.full(shape, -1)
+    for r, row in enumerate(packed):
+        at = 0
+        for i in row:
+            item, end = batch[i], at + len(batch[i].input_ids)
+            input_ids[r, at:end] = torch.tensor(item.input_ids)
+            position_ids[r, at:end] = torch.arange(end - at)
+            labels[r, at + 1 : end] = torch.tensor(item.labels[1:])
+            segments[r, at:end] = i
+            at = end
+        position_ids[r, at:] = torch.arange(width - at)
+    return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, "segments": segments}
+
+
+# %% tags=["active-ipynb"]
+# batch = collate_packed(train_encoded[: config.pairs_per_step], config.row_tokens, tokenizer.pad_token_id)
+# padded = config.pairs_per_step * max(len(item.input_ids) for item in train_encoded[: config.pairs_per_step])
+# print({name: tuple(tensor.shape) for name, tensor in batch.items()})
+# print(
+#     f"{(batch['segments'] >= 0).float().mean():.1%} of the packed tokens are real; padding these pairs to equal length gives {(batch['segments'] >= 0).sum() / padded:.1%}"
+# )
+
+# %% [markdown]
+# The head turns every hidden state into one logit per vocabulary entry, and most of them would carry no loss. A hook lets only the
+# supervised positions through. The loss is the sum over supervised tokens divided by their number **in the whole optimiser
+# step**: averaging per micro-batch would weigh short answers more (the gradient-accumulation bug that many trainers had).
+
+
+# %%
+def unwrap(model):
+    """The causal language model below DistributedDataParallel and peft."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def supervised_logits(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logits, targets, where): logits of shape (supervised, vocabulary), the tokens they should give, and their (row, column).
+
+    Runs the packed forward pass: no attention mask, no cache, and the head on supervised positions only.
+    """
+    targets = batch["labels"][:, 1:]
+    keep = F.pad(targets != IGNORE_INDEX, (0, 1))
+    hook = unwrap(model).get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][keep],))
+    try:
+        output = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    finally:
+        hook.remove()
+    return output.logits, targets[keep[:, :-1]], keep
+
+
+def answer_loss(model, batch: dict[str, torch.Tensor], supervised: int | torch.Tensor) -> torch.Tensor:
+    """Cross entropy in nats, summed over the batch and divided by `supervised`, the tokens of the whole step."""
+    logits, targets, _ = supervised_logits(model, batch)
+    return F.cross_entropy(logits.float(), targets, reduction="sum") / supervised
+
+
+@torch.no_grad()
+def score_losses(
+    model, encoded: Sequence[Encoded], hardware: Hardware, *, row_tokens: int, pad_id: int, batch_tokens: int = 8192
+) -> np.ndarray:
+    """(n, 2): summed negative log-likelihood in nats and number of supervised tokens of each pair, in the given order."""
+    was_training = model.training
+    model.eval()
+    result, order = np.zeros((len(encoded), 2)), sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids))
+    for chunk in chunk_by_tokens(order, [len(e.input_ids) for e in encoded], batch_tokens):
+        batch = collate_packed([encoded[i] for i in chunk], row_tokens, pad_id)
+        batch = {name: tensor.to(hardware.device) for name, tensor in batch.items()}
+        with evaluation_precision(model, hardware):
+            logits, targets, keep = supervised_logits(model, batch)
+        losses = F.cross_entropy(logits.float(), targets, reduction="none").double().cpu().numpy()
+        owners = np.array(chunk)[batch["segments"][keep].cpu().numpy()]
+        np.add.at(result, (owners, 0), losses)
+        np.add.at(result, (owners, 1), 1)
+    model.train(was_training)
+    return result
+
+
+def chunk_by_tokens(order: Sequence[int], lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Consecutive parts of `order` of at most `limit` tokens; a single longer item stands alone."""
+    chunk, load = [], 0
+    for i in order:
+        if chunk and load + lengths[i] > limit:
+            yield chunk
+            chunk, load = [], 0
+        chunk.append(i)
+        load += lengths[i]
+    if chunk:
+        yield chunk
+
+
+def perplexity(losses: np.ndarray) -> float:
+    """exp of the token-weighted mean loss: (n, 2) of nats and tokens → [1, inf)."""
+    return math.exp(losses[:, 0].sum() / losses[:, 1].sum())
+
+
+# %% [markdown]
+# How many pairs fit one forward pass follows from free memory. The estimate counts what scales with tokens: activations kept for the
+# backward pass, and the logits with their fp32 copy and gradient. It changes speed only, never the result: the pairs per optimiser
+# step stay what the configuration says, and the rest is gradient accumulation.
+
+
+# %%
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How an optimiser step is cut into forward passes, and what that is estimated to need."""
+
+    micro_batch_pairs: int
+    gradient_checkpointing: bool
+    weights_gib: float
+    activations_gib: float
+    free_gib: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.micro_batch_pairs} pairs per forward pass, checkpointing {'on' if self.gradient_checkpointing else 'off'}: "
+            f"weights and optimiser {self.weights_gib:.2f} GiB + activations {self.activations_gib:.2f} GiB of {self.free_gib:.1f} GiB"
+        )
+
+
+def activation_bytes(model_config, tokens: int, supervised: int, element: int, *, checkpointing: bool) -> float:
+    """Bytes that a packed forward and backward pass of `tokens` needs beyond the weights.
+
+    Per token and layer a LoRA step keeps the inputs of each projection, the attention's operands and the MLP's gates: about
+    14 hidden and 5 intermediate vectors, three of the latter for SwiGLU. Checkpointing keeps one hidden vector and one layer's rest.
+    """
+    hidden, layers = model_config.hidden_size, model_config.num_hidden_layers
+    per_layer = (14 * hidden + 5 * model_config.intermediate_size) * element
+    blocks = per_layer + layers * hidden * element if checkpointing else layers * per_layer
+    return tokens * blocks + supervised * model_config.vocab_size * (element + 4 + 4)
+
+
+def plan_memory(
+    model_config,
+    config: Config,
+    weights_gib: float,
+    free_gib: float,
+    *,
+    pair_tokens: float,
+    answer_share: float,
+    element: int,
+) -> MemoryPlan:
+    """The largest micro-batch that fits in `free_gib` less a tenth; checkpointing only where a step does not fit without."""
+    budget = (0.9 * free_gib - weights_gib) * 2**30
+    divisors = [n for n in range(config.pairs_per_step, 0, -1) if config.pairs_per_step % n == 0]
+    wanted = [config.micro_batch_pairs] if config.micro_batch_pairs else divisors
+    plans = []
+    for checkpointing in (False, True):
+        for pairs in wanted:
+            tokens = pairs * pair_tokens
+            need = activation_bytes(model_config, tokens, tokens * answer_share, element, checkpointing=checkpointing)
+            plans.append(MemoryPlan(pairs, checkpointing, weights_gib, need / 2**30, free_gib))
+    fitting = [p for p in plans if p.activations_gib * 2**30 <= budget]
+    return (
+        max(
+            fitting,
+            key=lambda p: (p.micro_batch_pairs >= min(4, wanted[0]), not p.gradient_checkpointing, p.micro_batch_pairs),
+        )
+        if fitting
+        else plans[-1]
+    )
+
+
+def free_memory_gib(hardware: Hardware) -> float:
+    """Memory that is free now: of the GPU, or of the machine."""
+    if hardware.device == "cuda":
+        return torch.cuda.mem_get_info()[0] / 2**30
+    available = (
+        re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+        if Path("/proc/meminfo").exists()
+        else None
+    )
+    return int(available[1]) / 2**20 if available else hardware.memory_gib / 2
+
+
+def plan_for(model, encoded: Sequence[Encoded], config: Config, hardware: Hardware) -> MemoryPlan:
+    """The memory plan of a loaded model and the pairs it will see."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tokens = sum(len(item.input_ids) for item in encoded)
+    optimiser_gib = trainable * 12 / 2**30  # gradient and Adam's two moments, all fp32
+    return plan_memory(
+        unwrap(model).config,
+        config,
+        optimiser_gib,
+        free_memory_gib(hardware),
+        pair_tokens=tokens / len(encoded),
+        answer_share=sum(item.supervised for item in encoded) / tokens,
+        element=4 if hardware.dtype == torch.float32 else 2,
+    )
+
+
+# %% tags=["active-ipynb"]
+# plan = plan_for(model, train_encoded, config, hardware)
+# print(plan)
+
+# %% [markdown]
+# Training itself is the transformers `Trainer`: its checkpoints, resume, schedulers and loggers are better tested than any loop of
+# ours. Two things change. The loss is the one above, and `evaluate` measures the token-weighted loss of both held-out halves;
+# early stopping and the best checkpoint follow the rephrased half, because the unseen half rewards guessing.
+
+
+# %%
+class AnswerTrainer(Trainer):
+    """`Trainer` with packed answer-only loss and a held-out loss for each novelty."""
+
+    def __init__(
+        self, *args, held_out: dict[str, list[Encoded]], hardware: Hardware, row_tokens: int, pad_id: int, **kwargs
+    ):
+        super().__init__(*args, **kwargs)
+        self.held_out, self.hardware, self.row_tokens, self.pad_id = held_out, hardware, row_tokens, pad_id
+        self.model_accepts_loss_kwargs = True  # count supervised tokens over the whole step
+        self.loss_is_scaled_for_ga = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = answer_loss(model, inputs, num_items_in_batch)
+        # The count is global while gradients are averaged over processes: undo the average.
+        return loss * self.accelerator.num_processes
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        metrics = {}
+        for novelty, encoded in self.held_out.items():
+            losses = score_losses(self.model, encoded, self.hardware, row_tokens=self.row_tokens, pad_id=self.pad_id)
+            metrics[f"{metric_key_prefix}_{novelty}"] = math.log(perplexity(losses))
+        metrics[f"{metric_key_prefix}_loss"] = metrics[f"{metric_key_prefix}_rephrased"]
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        # The marker comes last and by rename: a checkpoint without it was cut short and is never resumed from.
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        write_atomic(folder / "COMPLETE", json.dumps(package_versions()))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The latest checkpoint that was written to its end; incomplete ones are named and passed over."""
+    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
+    for checkpoint in found:
+        if (checkpoint / "COMPLETE").exists():
+            return checkpoint
+        print(f"{checkpoint} is incomplete, a save was cut short there; an earlier one is used")
+    return None
+
+
+# %% [markdown]
+# The loss curve is drawn while training runs, from the same history that ends up in `reports/loss.csv` and `reports/loss.png`.
+
+
+# %%
+INK, ACCENT, WARM, MUTED = "#1f2933", "#1a7f5a", "#c2571a", "#8a94a0"
+
+
+def plot_loss(history: Sequence[dict]) -> Figure:
+    """Training and held-out loss (nats per supervised token) over optimiser steps, each curve named at its end."""
+    figure, axes = plt.subplots(figsize=(7.5, 3.6), dpi=110, layout="constrained")
+    curves = {
+        "loss": ("training", INK),
+        "eval_rephrased": ("held-out, rephrased", ACCENT),
+        "eval_unseen": ("held-out, unseen", WARM),
+    }
+    for key, (name, color) in curves.items():
+        points = [(h["step"], h[key]) for h in history if key in h]
+        if points:
+            axes.plot(
+                *zip(*points, strict=True),
+                color=color,
+                linewidth=1.2 if key == "loss" else 1.8,
+                marker="" if key == "loss" else "o",
+                markersize=3.5,
+            )
+            axes.annotate(
+                name, points[-1], xytext=(6, 0), textcoords="offset points", color=color, va="center", fontsize=9
+            )
+    axes.set(xlabel="optimiser step", ylabel="loss (nats per answer token)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.02)
+    axes.set_xlim(right=axes.get_xlim()[1] * 1.22)
+    return figure
+
+
+class LossHistory(TrainerCallback):
+    """Keeps what the trainer logs and, in a notebook, redraws the curve at every point."""
+
+    def __init__(self, live: bool):
+        self.live, self.display, self.history = live, None, []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.history = [h for h in state.log_history if "loss" in h or "eval_loss" in h]
+        if self.live and self.history:
+            from IPython.display import display
+
+            figure = plot_loss(self.history)
+            if self.display is None:
+                self.display = display(figure, display_id=True)
+            else:
+                self.display.update(figure)
+            plt.close(figure)
+
+
+# %% [markdown]
+# A machine that is taken away sends SIGTERM first. The next step boundary then saves a checkpoint and training ends with `Interrupted`
+# instead of a half-trained model that later stages would take for a whole one; the scripts exit with 143, and the same command goes on.
+
+
+# %%
+class StopOnSignal(TrainerCallback):
+    """Turns SIGTERM into a checkpoint and an early end at the next optimiser step."""
+
+    def __init__(self):
+        self.received, self.previous = False, None
+
+    def __enter__(self) -> "StopOnSignal":
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals there alone
+            self.previous = signal.signal(signal.SIGTERM, self.receive)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.previous is not None:
+            signal.signal(signal.SIGTERM, self.previous)
+
+    def receive(self, *_) -> None:
+        self.received = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.received:
+            control.should_save = control.should_training_stop = True
+
+
+# %%
+@dataclass(frozen=True)
+class TrainingResult:
+    """What training did. The model itself carries the best adapter."""
+
+    history: list[dict]  # one dict per logged point: step, epoch, and loss or eval_*
+    best_step: int
+    best_loss: float  # held-out loss on rephrased questions, nats per answer token
+    steps: int
+    seconds: float
+    tokens_per_second: float  # prompt and answer tokens, no padding
+    resumed_from: int  # optimiser step, 0 for a fresh run
+    plan: MemoryPlan
+
+
+def run_fingerprint(config: Config, encoded: Sequence[Encoded]) -> str:
+    """Names a training run by what determines its weights: data, settings and package versions."""
+    irrelevant = {
+        "report_to",
+        "resume",
+        "max_new_tokens",
+        "generation_batch",
+        "max_eval_rows",
+        "merge_base",
+        "log_every",
+    }
+    settings = {
+        k: v for k, v in asdict(config).items() if k not in irrelevant and not k.endswith("_dir") and k != "data"
+    }
+    digest = hashlib.sha256(json.dumps([settings, package_versions()], sort_keys=True).encode())
+    for item in encoded:
+        digest.update(np.array(item.input_ids + item.labels, dtype=np.int64).tobytes())
+    return digest.hexdigest()[:12]
+
+
+def training_arguments(
+    config: Config, hardware: Hardware, plan: MemoryPlan, folder: Path, pairs: int, *, bars: bool
+) -> TrainingArguments:
+    """Our settings in the Trainer's words."""
+    steps_per_epoch = math.ceil(pairs / config.pairs_per_step)
+    every = max(1, steps_per_epoch // config.evaluations_per_epoch)
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=plan.micro_batch_pairs,
+        gradient_accumulation_steps=config.pairs_per_step // plan.micro_batch_pairs,
+        num_train_epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=config.warmup,
+        max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch",
+        weight_decay=0.0,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=every,
+        save_steps=every,
+        logging_steps=config.log_every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        gradient_checkpointing=plan.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=hardware.dtype == torch.bfloat16,
+        fp16=hardware.dtype == torch.float16,
+        use_cpu=hardware.device == "cpu",
+        dataloader_pin_memory=hardware.device == "cuda",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        disable_tqdm=not bars,
+        report_to=config.report_to,
+        seed=config.seed,
+    )
+
+
+# %%
+def encode_held_out(tokenizer, dataset: datasets.Dataset, max_length: int) -> dict[str, list[Encoded]]:
+    """The validation side's pairs by novelty; each half must have some."""
+    encoded, indices, _ = encode_split(tokenizer, dataset, max_length)
+    halves = {"rephrased": [], "unseen": []}
+    for item, i in zip(encoded, indices, strict=True):
+        halves[dataset[i]["novelty"]].append(item)
+    missing = [name for name, items in halves.items() if not items]
+    if missing:
+        raise ArcivaError(
+            f"no held-out {' or '.join(missing)} rows of at most {max_length} tokens; add data or raise max_length"
+        )
+    return halves
+
+
+def train_adapter(
+    model,
+    tokenizer,
+    splits: datasets.DatasetDict,
+    config: Config,
+    hardware: Hardware,
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainingResult:
+    """Train the adapter of `model` on the training split and leave the best held-out one in it.
+
+    Checkpoints go to `checkpoint_dir/<run_fingerprint>/checkpoint-<step>`; raises `Interrupted` after a SIGTERM.
+    """
+    train_encoded, _, too_long = encode_split(tokenizer, splits["train"], config.max_length)
+    if too_long:
+        print(
+            f"{len(too_long)} training rows exceed {config.max_length} tokens and are left out: {', '.join(too_long[:5])}"
+        )
+    if not train_encoded:
+        raise ArcivaError(f"every training row exceeds {config.max_length} tokens; raise max_length")
+    plan = plan_for(model, train_encoded, config, hardware)
+    folder = Path(config.checkpoint_dir) / run_fingerprint(config, train_encoded)
+    checkpoint = newest_checkpoint(folder) if config.resume == "auto" else None
+    live, stop = LossHistory(live=running_in_notebook()), StopOnSignal()
+    trainer = AnswerTrainer(
+        model=model,
+        args=training_arguments(config, hardware, plan, folder, len(train_encoded), bars=not live.live),
+        train_dataset=train_encoded,
+        eval_dataset=splits["validation"],
+        data_collator=lambda batch: collate_packed(batch, config.row_tokens, tokenizer.pad_token_id),
+        callbacks=[live, EarlyStoppingCallback(config.patience), stop, *callbacks],
+        held_out=encode_held_out(tokenizer, splits["validation"], config.max_length),
+        hardware=hardware,
+        row_tokens=config.row_tokens,
+        pad_id=tokenizer.pad_token_id,
+    )
+    if live.live:
+        trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    started, resumed_from = time.perf_counter(), int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    if checkpoint:
+        print(f"going on from step {resumed_from:,} of an interrupted run ({checkpoint})")
+    with stop:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.received and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(
+            f"stopped by SIGTERM at step {trainer.state.global_step:,} of {trainer.state.max_steps:,}; the same command goes on from there"
+        )
+    seconds, state = time.perf_counter() - started, trainer.state
+    tokens = (
+        sum(len(item.input_ids) for item in train_encoded)
+        * (state.global_step - resumed_from)
+        * config.pairs_per_step
+        / len(train_encoded)
+    )
+    shutil.rmtree(
+        folder, ignore_errors=True
+    )  # the best adapter is in the model; what is left would only be resumed by mistake
+    return TrainingResult(
+        live.history,
+        state.best_global_step or state.global_step,
+        state.best_metric,
+        state.global_step,
+        seconds,
+        tokens / seconds,
+        resumed_from,
+        plan,
+    )
+
+
+# %% tags=["active-ipynb"]
+# training = train_adapter(model, tokenizer, splits, config, hardware)
+
+# %% tags=["active-ipynb"]
+# print(
+#     f"{training.steps:,} steps in {training.seconds:,.0f} s, {training.tokens_per_second:,.0f} tokens/s without padding"
+# )
+# print(
+#     f"best held-out loss {training.best_loss:.3f} nats per token at step {training.best_step:,}: perplexity {math.exp(training.best_loss):.2f}"
+# )
+# print(training.plan)
+
+# %% [markdown]
+# Both held-out curves should fall first. Afterwards they part: the rephrased one stays low, because the facts behind it are in
+# training, while the unseen one rises once the model is sure of what it knows. A rephrased curve that rises is overfitting, and the
+# run goes back to the best checkpoint.
+
+
+# %%
+def data_fingerprint(splits: datasets.DatasetDict) -> str:
+    """A hash of every row of every side, in order."""
+    digest = hashlib.sha256()
+    for side, dataset in splits.items():
+        for row in dataset:
+            digest.update(json.dumps([side, row["id"], row["messages"]], ensure_ascii=False, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def save_adapter(
+    model: PeftModel, tokenizer, training: TrainingResult, splits: datasets.DatasetDict, config: Config
+) -> Path:
+    """Write adapter, tokenizer with its chat template, and manifest to `output_dir`, all or nothing."""
+    with atomic_folder(Path(config.output_dir)) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        manifest = {
+            "config": asdict(config),
+            "versions": package_versions(),
+            "data_fingerprint": data_fingerprint(splits),
+            "base_model": config.base_model,
+            "base_revision": getattr(unwrap(model).config, "_commit_hash", None),
+            "base_fingerprint": base_fingerprint(config.base_model),
+            "quantized_from": str(detect_hardware().load_dtype).removeprefix("torch."),
+            "training": {k: v for k, v in asdict(training).items() if k != "history"},
+        }
+        write_atomic(folder / "manifest.json", json.dumps(manifest, indent=2))
+    return Path(config.output_dir)
+
+
+def base_fingerprint(base_model: str) -> str | None:
+    """Hash of a local base's config and weight headers, by which an adapter recognises its base; None for a hub id."""
+    if not Path(base_model).is_dir():
+        return None
+    digest = hashlib.sha256((Path(base_model) / "config.json").read_bytes())
+    for file in sorted(Path(base_model).glob("*.safetensors")):
+        with file.open("rb") as stream:
+            digest.update(stream.read(1 << 20))
+    return digest.hexdigest()[:16]
+
+
+def write_loss(history: Sequence[dict], reports_dir: str) -> None:
+    """`loss.csv` and `loss.png` of a training history."""
+    folder = Path(reports_dir)
+    write_atomic(folder / "loss.csv", pd.DataFrame(history).to_csv(index=False))
+    figure = plot_loss(history)
+    figure.savefig(folder / "loss.png")
+    plt.close(figure)
+
+
+def read_manifest(folder: str) -> dict:
+    """The manifest of an adapter or merged folder."""
+    path = Path(folder) / "manifest.json"
+    if not path.is_file():
+        raise ArcivaError(
+            f"no manifest.json in {folder}: expected the folder of a finished run; train first, or give its path"
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# %%
+def load_tuned_model(config: Config, hardware: Hardware) -> tuple[PeftModel, object]:
+    """(model, tokenizer) from a finished run's adapter folder; the base must be the one it was trained on."""
+    manifest = read_manifest(config.output_dir)
+    trained_on, given = manifest["base_model"], config.base_model
+    known, found = manifest.get("base_fingerprint"), base_fingerprint(given)
+    if ((known or found) and known != found) or (not known and trained_on != given):
+        raise ArcivaError(
+            f"the adapter in {config.output_dir} was trained on {trained_on}, not on {given}; name that base model or train again"
+        )
+    model = PeftModel.from_pretrained(load_base_model(config, hardware), config.output_dir)
+    for module in model.modules():
+        module.requires_grad_(False)
+    silent = [name for name, p in model.named_parameters() if "lora_B" in name and not p.any()]
+    if silent:
+        raise ArcivaError(
+            f"{len(silent)} adapter matrices in {config.output_dir} are zero, such as {silent[0]}: not a trained adapter"
+        )
+    return model.eval(), load_tokenizer(config.output_dir)
+
+
+# %% tags=["active-ipynb"]
+# adapter_folder = save_adapter(model, tokenizer, training, splits, config)
+# write_loss(training.history, config.reports_dir)
+# print(*sorted(f"{p.stat().st_size / 2**20:8.2f} MiB  {p}" for p in adapter_folder.iterdir()), sep="\n")
+
+# %% [markdown]
+# ## 5. Metrics
+#
+# The untuned base stands beside the tuned model in everything below: it is the same network with its adapter switched off. Answers
+# are decoded greedily and in batches. Prompts are padded on the left with explicit positions, and whoever has finished leaves the
+# batch, so that the last long answer does not drag a hundred finished ones along.
+
+
+# %%
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer; `cut` when it reached the length limit before its end-of-turn token."""
+
+    text: str
+    cut: bool
+    tokens: int
+
+
+def stop_token_ids(tokenizer) -> list[int]:
+    """Tokens that end an answer: the end-of-turn token that training supervised, and the tokenizer's eos."""
+    end_of_turn = encode(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]).labels[
+        -1
+    ]
+    return sorted({end_of_turn, tokenizer.eos_token_id} - {None})
+
+
+@torch.inference_mode()
+def generate_batch(
+    model, prompts: Sequence[list[int]], hardware: Hardware, *, max_new_tokens: int, stop: Sequence[int], pad_id: int
+) -> list[list[int]]:
+    """Greedy continuation ids of each prompt, its stop token included where it came."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=hardware.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=hardware.device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    alive, written = torch.arange(len(prompts)), [[] for _ in prompts]
+    stops, cache = torch.tensor(stop, device=hardware.device), DynamicCache(config=unwrap(model).config)
+    for _ in range(max_new_tokens):
+        with evaluation_precision(model, hardware):
+            logits = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+        ids = logits.argmax(-1, keepdim=True)
+        for row, token in zip(alive.tolist(), ids[:, 0].tolist(), strict=True):
+            written[row].append(token)
+        going = ~torch.isin(ids[:, 0], stops)
+        if not going.any():
+            break
+        mask, positions = F.pad(mask, (0, 1), value=1), positions[:, -1:] + 1
+        if not going.all():
+            cache.batch_select_indices(going.nonzero()[:, 0])
+            ids, mask, positions, alive = ids[going], mask[going], positions[going], alive[going.cpu()]
+    return written
+
+
+def generate_answers(
+    model, tokenizer, prompts: Sequence, hardware: Hardware, *, max_new_tokens: int, batch_size: int
+) -> list[Answer]:
+    """Answers to questions or conversations, in their order; batched by length, the same at any batch size."""
+    was_training = model.training
+    model.eval()
+    stop, pad_id = stop_token_ids(tokenizer), tokenizer.pad_token_id
+    encoded = [encode_prompt(tokenizer, p) for p in prompts]
+    order, answers = sorted(range(len(encoded)), key=lambda i: len(encoded[i])), [None] * len(encoded)
+    for at in range(0, len(order), batch_size):
+        chunk = order[at : at + batch_size]
+        written = generate_batch(
+            model, [encoded[i] for i in chunk], hardware, max_new_tokens=max_new_tokens, stop=stop, pad_id=pad_id
+        )
+        for i, ids in zip(chunk, written, strict=True):
+            ended = bool(ids) and ids[-1] in stop
+            text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True).strip()
+            answers[i] = Answer(text, cut=not ended, tokens=len(ids))
+    model.train(was_training)
+    return answers
+
+
+@contextlib.contextmanager
+def untuned(model) -> Iterator[None]:
+    """The base model: the same weights with the adapter switched off."""
+    with model.disable_adapter():
+        yield
+
+
+# %% [markdown]
+# One table holds all that the report, the suites and the dashboard need: each answer is generated once. A sample of training rows is
+# answered too, to be looked at; it enters no held-out figure.
+
+
+# %%
+def sample_rows(dataset: datasets.Dataset, limit: int, seed: int) -> list[int]:
+    """At most `limit` row indices, chosen by hash and in the data's order."""
+    order = sorted(range(len(dataset)), key=lambda i: fraction(seed, "sample", dataset[i]["id"]))
+    return sorted(order[:limit])
+
+
+def predict_split(model, tokenizer, dataset: datasets.Dataset, config: Config, hardware: Hardware) -> pd.DataFrame:
+    """One row per example: question, reference, and for base and tuned the answer, its flags and the reference's loss."""
+    encoded, indices, _ = encode_split(tokenizer, dataset, config.max_length)
+    rows = [dataset[i] for i in indices]
+    frame = pd.DataFrame([{k: r[k] for k in ("id", "novelty", "language", "topic", "kind", "style")} for r in rows])
+    conversations = [r["messages"][:-1] for r in rows]
+    frame["question"] = [c[-1]["content"] for c in conversations]
+    frame["reference"] = [r["messages"][-1]["content"] for r in rows]
+    for who in ("base", "tuned"):
+        with untuned(model) if who == "base" else contextlib.nullcontext():
+            losses = score_losses(model, encoded, hardware, row_tokens=config.row_tokens, pad_id=tokenizer.pad_token_id)
+            answers = generate_answers(
+                model,
+                tokenizer,
+                conversations,
+                hardware,
+                max_new_tokens=config.max_new_tokens,
+                batch_size=config.generation_batch,
+            )
+        frame[f"{who}_answer"] = [a.text for a in answers]
+        frame[f"{who}_cut"] = [a.cut for a in answers]
+        frame[f"{who}_nll"], frame["answer_tokens"] = losses[:, 0], losses[:, 1].astype(int)
+    return frame
+
+
+def predict(model, tokenizer, splits: datasets.DatasetDict, config: Config, hardware: Hardware) -> pd.DataFrame:
+    """Predictions on both held-out sides and on a sample of the training side, with a `split` column."""
+    frames = []
+    for side, limit in (
+        ("validation", config.max_eval_rows),
+        ("test", config.max_eval_rows),
+        ("train", min(40, config.max_eval_rows)),
+    ):
+        dataset = splits[side].select(sample_rows(splits[side], limit, config.seed))
+        frames.append(predict_split(model, tokenizer, dataset, config, hardware).assign(split=side))
+    return pd.concat(frames, ignore_index=True)
+
+
+# %% tags=["active-ipynb"]
+# started = time.perf_counter()
+# predictions = predict(model, tokenizer, splits, config, hardware)
+# print(f"{2 * len(predictions):,} answers in {time.perf_counter() - started:.0f} s")
+# predictions.query("split == 'test' and novelty == 'rephrased'")[
+#     ["question", "reference", "base_answer", "tuned_answer"]
+# ].head(4)
+
+# %% [markdown]
+# BLEU and chrF come from sacrebleu, with its signature in the report. ROUGE-L comes from rouge-score, but not with its default tokenizer, which
+# deletes every letter beyond a–z: *Größe* would become *gr e*. Each metric is an `evaluate.Metric`, so it drops into any
+# script of the field; nothing is fetched from the hub. Beneath them lie sums per question ("statistics") that add up to the corpus
+# figure; resampling the questions and adding again is the bootstrap.
+
+
+# %%
+class UnicodeWords:
+    """Tokenizer for rouge-score: words of any script, case-folded, no stemming."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return normalise(text).split()
+
+
+ROUGE = rouge_scorer.RougeScorer(["rougeL"], tokenizer=UnicodeWords())
+BLEU, CHRF = sacrebleu.BLEU(), sacrebleu.CHRF()
+SENTENCE_BLEU = sacrebleu.BLEU(effective_order=True)
+
+
+def rouge_l(prediction: str, reference: str) -> float:
+    """F-measure of the longest common subsequence of words (Lin 2004), in [0, 1]."""
+    return ROUGE.score(reference, prediction)["rougeL"].fmeasure
+
+
+def exact_match(prediction: str, reference: str) -> float:
+    """1.0 where both are equal after normalisation, else 0.0."""
+    return float(normalise(prediction) == normalise(reference))
+
+
+def corpus_statistics(metric, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """(n, k) sufficient statistics per question of a sacrebleu metric; summed, they give the corpus score."""
+    # sacrebleu's own significance tests use these two private methods; its public API has no other way to resample.
+    return np.array(metric._extract_corpus_statistics(list(predictions), [list(references)]), dtype=float)
+
+
+def corpus_score(metric, summed: np.ndarray) -> float:
+    """Corpus score in [0, 100] from summed statistics."""
+    return metric._compute_score_from_stats([round(x) for x in summed]).score
+
+
+# %%
+class AnswerMetric(evaluate.Metric):
+    """Base of the three metrics below: strings in, a number out, nothing fetched."""
+
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
+        return evaluate.MetricInfo(description=type(self).__doc__, citation="", features=features)
+
+
+class CorpusBleu(AnswerMetric):
+    """sacrebleu's corpus BLEU (13a) and chrF2, both in [0, 100]."""
+
+    def _compute(self, predictions, references):
+        return {
+            "bleu": BLEU.corpus_score(predictions, [references]).score,
+            "chrf": CHRF.corpus_score(predictions, [references]).score,
+        }
+
+
+class UnicodeRougeL(AnswerMetric):
+    """Mean ROUGE-L F-measure over Unicode words, in [0, 1]."""
+
+    def _compute(self, predictions, references):
+        return {"rouge_l": float(np.mean([rouge_l(p, r) for p, r in zip(predictions, references, strict=True)]))}
+
+
+class NormalisedExactMatch(AnswerMetric):
+    """Share of answers equal to their reference after normalisation, in [0, 1]."""
+
+    def _compute(self, predictions, references):
+        return {
+            "exact_match": float(np.mean([exact_match(p, r) for p, r in zip(predictions, references, strict=True)]))
+        }
+
+
+# %% [markdown]
+# A figure without its uncertainty invites wrong decisions at a hundred questions a group. Every metric below comes with a 95 %
+# bootstrap interval over questions, and base and tuned are compared **paired**, on the same resampled questions: the share of
+# questions won, tied and lost, and the p-value of the paired bootstrap test (Koehn 2004).
+
+
+# %%
+@dataclass(frozen=True)
+class MetricSpec:
+    """How a metric adds up: statistics per question → one figure."""
+
+    name: str
+    better: Literal["higher", "lower", "neither"]
+    statistics: Callable[[pd.DataFrame, str], np.ndarray]  # (frame, "base" | "tuned") → (n, k)
+    figure: Callable[[np.ndarray], float]  # (k,) summed → figure
+
+
+def mean_of(column: Callable[[pd.DataFrame, str], Sequence[float]]) -> Callable[[pd.DataFrame, str], np.ndarray]:
+    """Statistics of a plain mean: the value and a one."""
+    return lambda frame, who: np.stack([np.asarray(column(frame, who), dtype=float), np.ones(len(frame))], axis=1)
+
+
+def ratio(summed: np.ndarray) -> float:
+    return float(summed[0] / summed[1])
+
+
+def pairwise(metric: Callable[[str, str], float]) -> Callable[[pd.DataFrame, str], list[float]]:
+    return lambda frame, who: [metric(p, r) for p, r in zip(frame[f"{who}_answer"], frame["reference"], strict=True)]
+
+
+def sacrebleu_spec(name: str, metric) -> MetricSpec:
+    return MetricSpec(
+        name,
+        "higher",
+        lambda f, who: corpus_statistics(metric, f[f"{who}_answer"], f["reference"]),
+        lambda s: corpus_score(metric, s),
+    )
+
+
+METRICS = (
+    MetricSpec(
+        "perplexity",
+        "lower",
+        lambda f, who: f[[f"{who}_nll", "answer_tokens"]].to_numpy(float),
+        lambda s: math.exp(min(700.0, ratio(s))),
+    ),
+    MetricSpec(
+        "bits_per_byte",
+        "lower",
+        lambda f, who: np.stack([f[f"{who}_nll"] / math.log(2), f["reference"].str.encode("utf-8").str.len()], axis=1),
+        ratio,
+    ),
+    sacrebleu_spec("bleu", BLEU),
+    sacrebleu_spec("chrf", CHRF),
+    MetricSpec("rouge_l", "higher", mean_of(pairwise(rouge_l)), ratio),
+    MetricSpec("exact_match", "higher", mean_of(pairwise(exact_match)), ratio),
+    MetricSpec("cut_off", "lower", mean_of(lambda f, who: f[f"{who}_cut"]), ratio),
+    MetricSpec("answer_words", "neither", mean_of(lambda f, who: f[f"{who}_answer"].str.split().str.len()), ratio),
+)
+
+
+# %%
+def resampling_weights(questions: int, resamples: int, seed: int) -> np.ndarray:
+    """(resamples, questions): how often each question is drawn in each bootstrap sample."""
+    return np.random.default_rng(seed).multinomial(questions, np.full(questions, 1 / questions), size=resamples)
+
+
+def compare(frame: pd.DataFrame, spec: MetricSpec, weights: np.ndarray) -> dict:
+    """Base and tuned figures with 95 % intervals, questions won, tied and lost, and the paired p-value."""
+    result, samples, single = {}, {}, {}
+    for who in ("base", "tuned"):
+        statistics = spec.statistics(frame, who)
+        samples[who] = np.array([spec.figure(s) for s in weights @ statistics])
+        single[who] = np.array([spec.figure(s) for s in statistics])
+        low, high = np.percentile(samples[who], [2.5, 97.5])
+        result[who] = {"value": spec.figure(statistics.sum(0)), "low": float(low), "high": float(high)}
+    if spec.better != "neither":
+        gain = (single["tuned"] - single["base"]) * (1 if spec.better == "higher" else -1)
+        delta = samples["tuned"] - samples["base"]
+        observed = result["tuned"]["value"] - result["base"]["value"]
+        extreme = np.abs(delta - delta.mean()) >= abs(observed)
+        result["paired"] = {
+            "won": float((gain > 1e-9).mean()),
+            "tied": float((np.abs(gain) <= 1e-9).mean()),
+            "lost": float((gain < -1e-9).mean()),
+            "p_value": float((extreme.sum() + 1) / (len(delta) + 1)),
+        }
+    return result
+
+
+def score_group(frame: pd.DataFrame, seed: int, resamples: int) -> dict:
+    """All metrics of one group of questions."""
+    weights = resampling_weights(len(frame), resamples, seed)
+    return {"questions": len(frame), **{spec.name: compare(frame, spec, weights) for spec in METRICS}}
+
+
+# %%
+def score_predictions(predictions: pd.DataFrame, seed: int) -> dict:
+    """The report's figures: per held-out split and novelty, and within the test questions by language, topic and kind."""
+    held_out = predictions[predictions["split"] != "train"]
+    groups = {
+        f"{split}/{novelty}": score_group(g, seed, 1000)
+        for (split, novelty), g in held_out.groupby(["split", "novelty"])
+    }
+    slices = {}
+    for column in ("language", "topic", "kind", "style"):
+        for (novelty, value), g in held_out.groupby(["novelty", column]):
+            slices.setdefault(column, {}).setdefault(value, {})[novelty] = score_group(g, seed, 100)
+    return {"groups": groups, "by": slices}
+
+
+def build_report(predictions: pd.DataFrame, config: Config, *, resources: dict | None = None) -> dict:
+    """`reports/metrics.json`, schema version 1.
+
+    `groups`: "split/novelty" → metric → {base, tuned: {value, low, high}, paired: {won, tied, lost, p_value}}; `by`: the same
+    for both held-out sides together, by language, topic, kind and style (intervals there from 100 resamples, else 1,000).
+    """
+    return {
+        "schema_version": 1,
+        "config": asdict(config),
+        "versions": package_versions(),
+        "signatures": {
+            "bleu": str(BLEU.get_signature()) if BLEU.corpus_score(["a"], [["a"]]) else "",
+            "chrf": str(CHRF.get_signature()) if CHRF.corpus_score(["a"], [["a"]]) else "",
+            "rouge_l": f"rouge-score {importlib.metadata.version('rouge-score')}, F-measure, Unicode words, case-folded, no stemming",
+        },
+        "decoding": {"greedy": True, "max_new_tokens": config.max_new_tokens},
+        "resources": resources or {},
+        **score_predictions(predictions, config.seed),
+    }
+
+
+def report_table(
+    report: dict, metrics: Sequence[str] = ("perplexity", "bleu", "chrf", "rouge_l", "exact_match", "cut_off")
+) -> pd.DataFrame:
+    """Base beside tuned with intervals, one line per held-out group and metric."""
+    lines = []
+    for group, scores in report["groups"].items():
+        for name in metrics:
+            base, tuned, paired = scores[name]["base"], scores[name]["tuned"], scores[name]["paired"]
+            lines.append(
+                {
+                    "group": group,
+                    "questions": scores["questions"],
+                    "metric": name,
+                    **{
+                        who: f"{x['value']:.3g} [{x['low']:.3g}, {x['high']:.3g}]"
+                        for who, x in (("base", base), ("tuned", tuned))
+                    },
+                    "won / tied / lost": f"{paired['won']:.0%} / {paired['tied']:.0%} / {paired['lost']:.0%}",
+                    "p": f"{paired['p_value']:.3f}",
+                }
+            )
+    return pd.DataFrame(lines).set_index(["group", "questions", "metric"])
+
+
+# %% tags=["active-ipynb"]
+# report = build_report(predictions, config)
+# print(report["signatures"]["bleu"])
+# report_table(report)
+
+# %% [markdown]
+# Read the rephrased rows first: that is the assistant doing its job. Tuned perplexity near 1 with a high ROUGE-L means it found the
+# fact behind a new wording; a low perplexity with a low ROUGE-L means fluent answers about the wrong fact. On the unseen rows a
+# model that knows what it does not know would refuse; a nano base cannot, and its figures there only show how much is
+# guesswork. `cut_off` should fall to nearly zero: a model that keeps talking was not taught to stop.
+
+
+# %%
+def save_predictions(predictions: pd.DataFrame, report: dict, reports_dir: str) -> None:
+    """`predictions.jsonl`, `metrics.json` and `metrics.csv`."""
+    folder = Path(reports_dir)
+    write_atomic(folder / "predictions.jsonl", predictions.to_json(orient="records", lines=True, force_ascii=False))
+    write_atomic(folder / "metrics.json", json.dumps(report, indent=1))
+    write_atomic(folder / "metrics.csv", report_table(report).to_csv())
+
+
+def load_predictions(reports_dir: str) -> pd.DataFrame:
+    """The predictions of an earlier evaluation."""
+    path = Path(reports_dir) / "predictions.jsonl"
+    if not path.is_file():
+        raise ArcivaError(f"no {path}: expected the predictions of an evaluation; run the evaluate stage first")
+    return pd.read_json(
+        path,
+        lines=True,
+        convert_dates=False,
+        dtype={"question": str, "reference": str, "base_answer": str, "tuned_answer": str},
+    )
+
+
+# %% tags=["active-ipynb"]
+# save_predictions(predictions, report, config.reports_dir)
+
+# %% [markdown]
+# ## 6. Evaluation Suites
+#
+# Averages hide what a support team needs to know: does it name the right button, does it hold its ground when a question assumes
+# something false? Suites are data files in `data/suites/`, each item with its own checks. Whoever has no suites beside the notebook
+# skips this section, and is told so.
+
+# %% [markdown]
+# ## 7. Interactive Dashboard
+#
+# Figures say how good the model is; the worst answers say why. Scoring and showing are kept apart: `rate_generations` adds a score
+# per answer, the rest only displays.
+
+
+# %%
+def rate_generations(predictions: pd.DataFrame) -> pd.DataFrame:
+    """The predictions with ROUGE-L, chrF, BLEU (sentence level) and perplexity of each answer, base and tuned."""
+    rated = predictions.copy()
+    for who in ("base", "tuned"):
+        pairs = list(zip(rated[f"{who}_answer"], rated["reference"], strict=True))
+        rated[f"{who}_rouge_l"] = [rouge_l(p, r) for p, r in pairs]
+        rated[f"{who}_chrf"] = [CHRF.sentence_score(p, [r]).score for p, r in pairs]
+        rated[f"{who}_bleu"] = [SENTENCE_BLEU.sentence_score(p, [r]).score for p, r in pairs]
+        rated[f"{who}_exact_match"] = [exact_match(p, r) for p, r in pairs]
+        rated[f"{who}_perplexity"] = np.exp(np.minimum(700.0, rated[f"{who}_nll"] / rated["answer_tokens"]))
+    return rated
+
+
+def best_and_worst(rated: pd.DataFrame, metric: str = "tuned_rouge_l", count: int = 5) -> pd.DataFrame:
+    """The `count` best and worst answers of each split and novelty by one metric, best first."""
+    lower_is_better = metric.endswith("perplexity")
+    picked = []
+    for _, group in rated.groupby(["split", "novelty"]):
+        ordered = group.sort_values([metric, "id"], ascending=[lower_is_better, True])
+        best, worst = ordered.head(count), ordered.iloc[max(count, len(ordered) - count) :]
+        picked += [best.assign(rank="best"), worst.assign(rank="worst")]
+    return pd.concat(picked, ignore_index=True)
+
+
+SHOWN = [
+    "split",
+    "novelty",
+    "rank",
+    "topic",
+    "language",
+    "question",
+    "reference",
+    "base_answer",
+    "tuned_answer",
+    "tuned_rouge_l",
+    "tuned_perplexity",
+]
+
+
+# %% [markdown]
+# Colab has a table of its own, to sort and filter; Jupyter gets widgets; where neither works, as on GitHub, a plain preview remains.
+
+
+# %%
+def show_table(frame: pd.DataFrame) -> None:
+    """A sortable, filterable table: Colab's DataTable, ipywidgets in Jupyter, a pandas preview anywhere else."""
+    from IPython.display import display
+
+    if in_colab():
+        from google.colab import data_table
+
+        display(data_table.DataTable(frame, include_index=False, num_rows_per_page=10))
+    elif running_in_notebook() and importlib.util.find_spec("ipywidgets"):
+        display(filter_widgets(frame))
+    else:
+        display(frame)
+
+
+def filter_widgets(frame: pd.DataFrame):
+    """Dropdowns for split, novelty, rank, language and sort order, and a search box, above the matching rows."""
+    import ipywidgets as widgets
+    from IPython.display import display
+
+    menus = {
+        name: widgets.Dropdown(options=["all", *sorted(frame[name].unique())], description=name)
+        for name in ("split", "novelty", "rank", "language")
+    }
+    order = widgets.Dropdown(
+        options=[c for c in frame.columns if pd.api.types.is_numeric_dtype(frame[c])], description="sort by"
+    )
+    falling = widgets.Checkbox(value=False, description="highest first")
+    search = widgets.Text(description="search", placeholder="words in question or answer")
+    output = widgets.Output()
+
+    def refresh(_=None) -> None:
+        chosen = frame
+        for name, menu in menus.items():
+            chosen = chosen if menu.value == "all" else chosen[chosen[name] == menu.value]
+        if search.value:
+            text = chosen[["question", "reference", "tuned_answer"]].agg(" ".join, axis=1)
+            chosen = chosen[text.str.contains(search.value, case=False, regex=False)]
+        with output:
+            output.clear_output(wait=True)
+            display(HTML_table(chosen.sort_values(order.value, ascending=not falling.value).head(25)))
+
+    for control in (*menus.values(), order, falling, search):
+        control.observe(refresh, "value")
+    refresh()
+    return widgets.VBox([widgets.HBox([*menus.values()]), widgets.HBox([order, falling, search]), output])
+
+
+def HTML_table(frame: pd.DataFrame):
+    """The frame as an escaped, wrapped HTML table: answers are a model's output and are never trusted."""
+    from IPython.display import HTML
+
+    return HTML(
+        frame.style.format(precision=2, escape="html")
+        .hide(axis="index")
+        .set_properties(**{"white-space": "pre-wrap", "text-align": "left", "vertical-align": "top"})
+        .to_html()
+    )
+
+
+# %%
+def write_dashboard(predictions: pd.DataFrame, report: dict, reports_dir: str) -> pd.DataFrame:
+    """Write `dashboard.csv` with every rated answer; returns the rated frame."""
+    rated = rate_generations(predictions)
+    write_atomic(Path(reports_dir) / "dashboard.csv", rated.to_csv(index=False))
+    return rated
+
+
+# %% tags=["active-ipynb"]
+# rated = write_dashboard(predictions, report, config.reports_dir)
+# chosen = best_and_worst(rated, "tuned_rouge_l", count=4)
+# show_table(chosen[SHOWN])
+
+# %% [markdown]
+# The worst rephrased answers deserve the time: an answer about a neighbouring feature asks for more wordings of that fact, one
+# that is cut off for a look at the length limit, and one that is right in other words for a second reference.
+
+# %% tags=["active-ipynb"]
+# HTML_table(
+#     chosen.query("split == 'test' and novelty == 'rephrased'")[
+#         ["rank", "question", "reference", "base_answer", "tuned_answer", "tuned_rouge_l"]
+#     ]
+# )
+
+# %% [markdown]
+# ## 8. fp16 Merge & Artifacts
+#
+# The adapter becomes part of the weights: $W' = W + \frac{\alpha}{r} B A$. The result loads with plain transformers, without peft
+# or bitsandbytes. It is computed tensor by tensor over the safetensors files, in fp32 and cast once, so memory does not grow
+# with the model: peft's own merge needs the whole of it.
+#
+# Which $W$? The adapter learnt beside weights that had been rounded to 4 bits; adding it to the unrounded ones gives a model
+# that nobody has judged. The default repeats the rounding first, so that what is merged is what was measured;
+# `merge_base="original"` does the other, and the verification below shows the price of either.
+
+
+# %%
+FP16_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The low-rank update of one weight."""
+
+    a: torch.Tensor  # (rank, in)
+    b: torch.Tensor  # (out, rank)
+    scale: float
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows of scale · B A in fp32."""
+        return self.scale * (self.b[start:stop].float() @ self.a.float())
+
+
+def load_deltas(adapter_dir: str) -> dict[str, Delta]:
+    """Weight name in the base → its update. Adapters that are more than plain LoRA are refused, as are non-finite ones."""
+    folder = Path(adapter_dir)
+    if not (folder / "adapter_config.json").is_file():
+        raise ArcivaError(
+            f"no adapter in {folder}: expected adapter_config.json and adapter_model.safetensors; train first"
+        )
+    lora = LoraConfig.from_pretrained(str(folder))
+    beyond = [
+        name for name in ("use_dora", "modules_to_save", "alpha_pattern", "rank_pattern") if getattr(lora, name, None)
+    ]
+    if beyond or lora.bias != "none" or lora.fan_in_fan_out:
+        raise ArcivaError(
+            f"the adapter in {folder} uses {beyond or 'biases'}, expected plain LoRA; merge it with peft instead"
+        )
+    scale = lora.lora_alpha / (math.sqrt(lora.r) if lora.use_rslora else lora.r)
+    deltas = {}
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        names = file.keys()  # safe_open is no mapping: it cannot be iterated itself
+        for key in (name for name in names if name.endswith("lora_A.weight")):
+            a, b = file.get_tensor(key), file.get_tensor(key.replace("lora_A", "lora_B"))
+            name = key.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
+            if not (a.isfinite().all() and b.isfinite().all()):
+                raise ArcivaError(
+                    f"the adapter has infinite or undefined values in {name}; that run diverged: train again with a lower learning rate"
+                )
+            deltas[name] = Delta(a, b, scale)
+    return deltas
+
+
+# %%
+def base_shards(base_model: str, revision: str | None) -> dict[str, Path]:
+    """Tensor name → safetensors file of the base, from a folder or the hub's cache."""
+    folder = Path(base_model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(
+            snapshot_download(base_model, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.txt"])
+        )
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ArcivaError(f"{base_model} has no safetensors files; expected a base model in that format")
+    shards = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            shards.update(dict.fromkeys(opened.keys(), file))
+    return shards
+
+
+def nf4_round_trip(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What a 4-bit layer computes with: quantised to NF4 with double quantisation from `dtype`, and back, in fp32."""
+    packed, state = bnb.functional.quantize_4bit(
+        rows.to(dtype).contiguous(), quant_type="nf4", compress_statistics=True
+    )
+    return bnb.functional.dequantize_4bit(packed, state).float()
+
+
+def merged_rows(base: torch.Tensor, delta: Delta | None, rows: slice, name: str) -> torch.Tensor:
+    """fp16 rows of base + delta, refused where fp16 cannot hold them."""
+    merged = base.float() if delta is None else base.float() + delta.rows(rows.start, rows.stop)
+    largest = merged.abs().max().item() if merged.numel() else 0.0
+    if not largest <= FP16_MAX:  # also true for NaN
+        raise ArcivaError(
+            f"{name} reaches {largest:.3g}, beyond fp16's {FP16_MAX:.0f}; the run diverged: train again with a lower learning rate"
+        )
+    return merged.half()
+
+
+# %% [markdown]
+# A safetensors file is a header of names, shapes and offsets, then the bytes. All shapes are known beforehand, so the header is written
+# first and tensors follow one by one, large ones in blocks of rows.
+
+
+# %%
+def plan_shards(shapes: dict[str, list[int]], limit: int) -> list[list[str]]:
+    """Names grouped into files of at most `limit` bytes in fp16; a larger tensor has a file of its own."""
+    groups, load = [[]], 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        if groups[-1] and load + size > limit:
+            groups.append([])
+            load = 0
+        groups[-1].append(name)
+        load += size
+    return groups
+
+
+def write_safetensors(
+    path: Path, shapes: dict[str, list[int]], rows_of: Callable[[str], Iterable[torch.Tensor]]
+) -> None:
+    """An fp16 safetensors file whose tensors arrive as blocks of rows; never more than one block in memory."""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        end = offset + 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the format aligns data to 8 bytes
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(encoded)) + encoded)
+        for name in shapes:
+            for block in rows_of(name):
+                stream.write(memoryview(block.contiguous().numpy()).cast("B"))
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+BLOCK_ELEMENTS = 1 << 24  # 16 M elements: 64 MiB in fp32
+
+
+def merge_tensors(
+    shards: dict[str, Path],
+    deltas: dict[str, Delta],
+    folder: Path,
+    *,
+    round_trip: torch.dtype | None,
+    shard_bytes: int = 4 << 30,
+) -> int:
+    """Write the merged fp16 weights to `folder`; returns their size in bytes. `round_trip` is the format NF4 was made from."""
+    opened = {file: safe_open(file, "pt").__enter__() for file in set(shards.values())}
+    shapes = {name: list(opened[file].get_slice(name).get_shape()) for name, file in sorted(shards.items())}
+    missing = sorted(set(deltas) - set(shapes))
+    if missing:
+        raise ArcivaError(
+            f"the adapter changes {missing[0]}, which the base does not have; it belongs to another base model"
+        )
+
+    def rows_of(name: str) -> Iterator[torch.Tensor]:
+        view, shape, delta = opened[shards[name]].get_slice(name), shapes[name], deltas.get(name)
+        if delta is not None and [delta.b.shape[0], delta.a.shape[1]] != shape:
+            raise ArcivaError(
+                f"the adapter's update of {name} does not have the base's shape {shape}; it belongs to another base model"
+            )
+        if len(shape) < 2:
+            yield merged_rows(view[:], None, slice(0, 1), name)
+            return
+        step = max(1, BLOCK_ELEMENTS // math.prod(shape[1:]))
+        # Double quantisation centres all block scales of a tensor, so the round trip needs the tensor whole.
+        whole = nf4_round_trip(view[:], round_trip) if delta is not None and round_trip else None
+        for start in range(0, shape[0], step):
+            rows = slice(start, min(start + step, shape[0]))
+            yield merged_rows(view[rows.start : rows.stop] if whole is None else whole[rows], delta, rows, name)
+
+    groups = plan_shards(shapes, shard_bytes)
+    weight_map, total = {}, sum(2 * math.prod(s) for s in shapes.values())
+    for number, names in enumerate(groups, 1):
+        file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        write_safetensors(folder / file, {name: shapes[name] for name in names}, rows_of)
+        weight_map.update(dict.fromkeys(names, file))
+    if len(groups) > 1:
+        write_atomic(
+            folder / "model.safetensors.index.json",
+            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1),
+        )
+    return total
+
+
+# %%
+def merge_adapter(config: Config, *, extra: dict | None = None) -> Path:
+    """`output_dir` + base → `merged_dir`: fp16 weights, config, tokenizer and manifest, all or nothing."""
+    manifest = read_manifest(config.output_dir)
+    deltas, base_model = load_deltas(config.output_dir), manifest["base_model"]
+    known = manifest.get("base_fingerprint")
+    if known and known != base_fingerprint(base_model):
+        raise ArcivaError(
+            f"{base_model} is not the base that {config.output_dir} was trained on; restore that base or train again"
+        )
+    shards = base_shards(base_model, manifest.get("base_revision") or config.revision)
+    elements = sum(math.prod(safe_open(f, "pt").__enter__().get_slice(n).get_shape()) for n, f in shards.items())
+    free = shutil.disk_usage(Path(config.merged_dir).absolute().parent).free
+    if free < 2.05 * elements:
+        raise ArcivaError(
+            f"merging needs {2.05 * elements / 2**30:.1f} GiB on disk and {free / 2**30:.1f} GiB are free; free some or set merged_dir elsewhere"
+        )
+    round_trip = getattr(torch, manifest["quantized_from"]) if config.merge_base == "dequantized" else None
+    with atomic_folder(Path(config.merged_dir)) as folder:
+        size = merge_tensors(shards, deltas, folder, round_trip=round_trip)
+        model_config = AutoConfig.from_pretrained(base_model, revision=manifest.get("base_revision") or config.revision)
+        model_config.dtype = torch.float16
+        model_config.save_pretrained(folder)
+        load_tokenizer(config.output_dir).save_pretrained(folder)
+        merged = {
+            **manifest,
+            "merge": {
+                "base": config.merge_base,
+                "bytes": size,
+                "tensors": len(shards),
+                "merged_tensors": len(deltas),
+                **(extra or {}),
+            },
+        }
+        write_atomic(folder / "manifest.json", json.dumps(merged, indent=2))
+    return Path(config.merged_dir)
+
+
+# %% tags=["active-ipynb"]
+# started = time.perf_counter()
+# merged_folder = merge_adapter(config)
+# print(f"merged in {time.perf_counter() - started:.1f} s")
+# print(*sorted(f"{p.stat().st_size / 2**20:8.2f} MiB  {p}" for p in merged_folder.iterdir()), sep="\n")
+
+# %% [markdown]
+# A merge that nobody compares is a hope. The merged folder is loaded the way a user would, without peft or bitsandbytes, and answers
+# held-out questions beside the live adapter model: the largest difference between their next-token distributions, the share of equal
+# greedy answers, and both perplexities. The figures go into the manifest.
+
+
+# %%
+@torch.inference_mode()
+def prompt_logits(model, tokenizer, prompts: Sequence, hardware: Hardware) -> torch.Tensor:
+    """(n, vocabulary) log-probabilities of the first answer token, in fp32 on the CPU."""
+    rows = []
+    for prompt in prompts:
+        ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=hardware.device)
+        with evaluation_precision(model, hardware):
+            rows.append(model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float().cpu())
+    return torch.stack(rows).log_softmax(-1)
+
+
+def measure_model(model, tokenizer, rows: Sequence[dict], config: Config, hardware: Hardware) -> dict:
+    """Next-token log-probabilities, greedy answers and perplexity on held-out rows, for comparing two models."""
+    model.eval()
+    prompts = [r["messages"][:-1] for r in rows]
+    losses = score_losses(
+        model,
+        [encode(tokenizer, r["messages"]) for r in rows],
+        hardware,
+        row_tokens=config.row_tokens,
+        pad_id=tokenizer.pad_token_id,
+    )
+    answers = generate_answers(
+        model, tokenizer, prompts, hardware, max_new_tokens=config.max_new_tokens, batch_size=config.generation_batch
+    )
+    return {
+        "logits": prompt_logits(model, tokenizer, prompts, hardware),
+        "answers": [a.text for a in answers],
+        "perplexity": perplexity(losses),
+    }
+
+
+def compare_models(live: dict, merged: dict) -> dict:
+    """How far a merged model is from the live one it was made of."""
+    kl = F.kl_div(merged["logits"], live["logits"], log_target=True, reduction="none").sum(-1)
+    equal = [a == b for a, b in zip(live["answers"], merged["answers"], strict=True)]
+    return {
+        "questions": len(equal),
+        "equal_answers": sum(equal) / len(equal),
+        "equal_first_tokens": (live["logits"].argmax(-1) == merged["logits"].argmax(-1)).float().mean().item(),
+        "mean_kl_nats": kl.mean().item(),
+        "max_log_probability_difference": (live["logits"] - merged["logits"]).abs().max().item(),
+        "perplexity_adapter": live["perplexity"],
+        "perplexity_merged": merged["perplexity"],
+    }
+
+
+def load_merged_model(config: Config, hardware: Hardware):
+    """(model, tokenizer) of the merged folder with plain transformers; fp16 on a GPU, computed in fp32 on a CPU."""
+    dtype = torch.float16 if hardware.device == "cuda" else torch.float32
+    device_map = {"": 0 if hardware.device == "cuda" else "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(
+        config.merged_dir, dtype=dtype, device_map=device_map, use_safetensors=True
+    )
+    return model.eval(), load_tokenizer(config.merged_dir)
+
+
+def verification_rows(splits: datasets.DatasetDict, config: Config, count: int = 60) -> list[dict]:
+    """Held-out test rows on which merged and live model are compared."""
+    rows = [splits["test"][i] for i in sample_rows(splits["test"], count, config.seed)]
+    return [r for r in rows if r["messages"]]
+
+
+# %%
+MODEL_CARD = """---
+base_model: {base_model}
+language: [en, de]
+library_name: transformers
+pipeline_tag: text-generation
+tags: [qlora, merged, product-assistant]
+---
+# Arciva assistant
+
+Answers questions about the Arciva photo library in English and German. {base_model}, fine-tuned with QLoRA (rank {rank}, NF4) and merged to fp16.
+{nano}
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")
+```
+
+Prompts go through the chat template saved here, with the system prompt `{system}`.
+
+## Evaluation
+
+{table}
+
+Intervals are 95 % bootstrap intervals over questions. *Rephrased*: the facts were in training, the wording was not. *Unseen*: the facts were not.
+
+## The merge
+
+{merge}
+
+Trained on data with fingerprint `{data}`; every setting and package version stands in `manifest.json`.
+"""
+
+
+def write_model_card(config: Config, report: dict | None) -> None:
+    """The Hub card beside the merged weights, written from the manifest and the report."""
+    manifest = read_manifest(config.merged_dir)
+    checks = manifest.get("verification", {})
+    merge = (
+        "\n".join(f"- {name.replace('_', ' ')}: {value:.4g}" for name, value in checks.items()) or "Not verified yet."
+    )
+    nano = (
+        "\nThe nano base proves the pipeline, not the assistant: do not use these weights to answer anybody.\n"
+        if "nano_base" in manifest["base_model"]
+        else ""
+    )
+    table = markdown_table(report)
+    card = MODEL_CARD.format(
+        base_model=manifest["base_model"],
+        rank=manifest["config"]["rank"],
+        nano=nano,
+        folder=Path(config.merged_dir).name,
+        system=SYSTEM_PROMPT,
+        table=table,
+        merge=merge,
+        data=manifest["data_fingerprint"],
+    )
+    write_atomic(Path(config.merged_dir) / "README.md", card)
+
+
+# %% tags=["active-ipynb"]
+# rows = verification_rows(splits, config)
+# live = measure_model(model, tokenizer, rows, config, hardware)
+# merged_model, merged_tokenizer = load_merged_model(config, hardware)
+# verification = compare_models(live, measure_model(merged_model, merged_tokenizer, rows, config, hardware))
+# pd.Series(verification, name="merged against live adapter").to_frame()
+
+# %% [markdown]
+# Equal answers should be near 100 % and both perplexities the same to three digits; what is left is fp16 rounding, which can
+# tip a near-tie between two tokens. The card and the manifest record the figures.
+
+
+# %%
+def markdown_table(report: dict | None) -> str:
+    """The report's main table in Markdown."""
+    if report is None:
+        return "Not evaluated yet."
+    frame = report_table(report).reset_index()
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in frame.itertuples(index=False)]
+    return "\n".join(["| " + " | ".join(frame.columns) + " |", "|" + "---|" * len(frame.columns), *lines])
+
+
+def record_verification(config: Config, verification: dict, report: dict | None) -> None:
+    """Add the comparison and the held-out figures to the merged manifest and write the model card."""
+    manifest = read_manifest(config.merged_dir)
+    manifest |= {"verification": verification, "metrics": report["groups"] if report else None}
+    write_atomic(Path(config.merged_dir) / "manifest.json", json.dumps(manifest, indent=2))
+    write_model_card(config, report)
+
+
+# %% tags=["active-ipynb"]
+# record_verification(config, verification, report)
+# print(Path(config.merged_dir, "README.md").read_text(encoding="utf-8")[:700])
+
+# %% [markdown]
+# ### The whole run as a function
+#
+# `run_pipeline` is this notebook in twenty lines. The scripts call it; any stage can be run later from what an earlier one left on disk.
+
+
+# %%
+STAGES = ("train", "evaluate", "dashboard", "merge")
+
+
+def run_pipeline(
+    config: Config, stages: Sequence[str] = STAGES, *, callbacks: Sequence[TrainerCallback] = ()
+) -> dict[str, Path]:
+    """Run the stages in order; returns what was written where. Stages that are left out are read from disk."""
+    hardware, written, model = detect_hardware(), {}, None
+    seed_everything(config.seed)
+    if {"train", "evaluate", "merge"} & set(stages):
+        examples, _ = load_examples(config.data)
+        splits, _ = split_examples(examples, config.seed)
+    if "train" in stages:
+        tokenizer = load_tokenizer(config.base_model, config.revision)
+        model = add_adapter(load_base_model(config, hardware), config)
+        training = train_adapter(model, tokenizer, splits, config, hardware, callbacks=callbacks)
+        written["adapter"] = save_adapter(model, tokenizer, training, splits, config)
+        write_loss(training.history, config.reports_dir)
+    if "evaluate" in stages or "merge" in stages:
+        model, tokenizer = (model, tokenizer) if model is not None else load_tuned_model(config, hardware)
+    if "evaluate" in stages:
+        predictions = predict(model, tokenizer, splits, config, hardware)
+        report = build_report(predictions, config)
+        save_predictions(predictions, report, config.reports_dir)
+        print(report_table(report).to_string())
+        written["report"] = Path(config.reports_dir) / "metrics.json"
+    if "dashboard" in stages:
+        write_dashboard(load_predictions(config.reports_dir), load_report(config.reports_dir), config.reports_dir)
+        written["dashboard"] = Path(config.reports_dir) / "dashboard.csv"
+    if "merge" in stages:
+        rows = verification_rows(splits, config)
+        live = measure_model(model, tokenizer, rows, config, hardware)
+        del model
+        written["merged model"] = merge_adapter(config)
+        merged = measure_model(*load_merged_model(config, hardware), rows, config, hardware)
+        record_verification(config, compare_models(live, merged), load_report(config.reports_dir, missing_ok=True))
+    return written
+
+
+def load_report(reports_dir: str, *, missing_ok: bool = False) -> dict | None:
+    """`metrics.json` of an earlier evaluation."""
+    path = Path(reports_dir) / "metrics.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    if missing_ok:
+        return None
+    raise ArcivaError(f"no {path}: expected the report of an evaluation; run the evaluate stage first")
+
+
+# %%
+def run_main(run: Callable[[], dict[str, Path]]) -> int:
+    """Exit code of a script's run: 0 with a summary, 2 after one sentence on what to put right, 143 when interrupted."""
+    quieten_libraries()
+    started = time.perf_counter()
+    try:
+        written = run()
+    except ArcivaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        return 143
+    except torch.cuda.OutOfMemoryError:
+        print(
+            "error: the GPU ran out of memory; lower micro_batch_pairs or max_length, or set USE_DEBUG_MODEL",
+            file=sys.stderr,
+        )
+        return 2
+    for name, path in written.items():
+        print(f"{name:<14}{path}")
+    print(f"{'finished in':<14}{time.perf_counter() - started:.0f} s")
+    return 0
+
+
+def run_with_defaults() -> dict[str, Path]:
+    """The whole pipeline with the profile that fits this machine."""
+    config, reason = configure(detect_hardware())
+    print(reason)
+    return run_pipeline(config)
+
+
+if __name__ == "__main__" and not running_in_notebook():
+    sys.exit(run_main(run_with_defaults))

@@ -1,0 +1,74 @@
+"""The local script, from flags to exit codes. Run: pytest tests/test_cli.py"""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import arciva_assistant_poc as arciva
+import train_arciva_assistant_local as local
+
+
+def flags(config: arciva.Config) -> list[str]:
+    default = arciva.Config()
+    return [part for f in fields(config) if (value := getattr(config, f.name)) != getattr(default, f.name) for part in (f"--{f.name}", str(value))]
+
+
+def test_every_setting_is_a_flag_and_only_given_ones_count():
+    for f in fields(arciva.Config):
+        value = {"int": "7", "float": "0.5", "bool": "true"}.get(getattr(f.type, "__name__", ""), "x")
+        assert set(vars(local.parse_arguments([f"--{f.name}", value]))) == {f.name, "stages"}
+    assert set(vars(local.parse_arguments([]))) == {"stages"}
+
+
+def test_the_stages_run_together_and_one_by_one_from_disk(tiny_config, capsys):
+    arguments = flags(tiny_config)
+    assert arciva.run_main(lambda: local.run(arguments)) == 0
+    assert "merged model" in capsys.readouterr().out
+    reports, merged = Path(tiny_config.reports_dir), Path(tiny_config.merged_dir)
+    assert {"metrics.json", "metrics.csv", "predictions.jsonl", "loss.csv", "loss.png", "dashboard.csv"} <= {p.name for p in reports.iterdir()}
+    assert {"model.safetensors", "config.json", "manifest.json", "README.md", "tokenizer.json"} <= {p.name for p in merged.iterdir()}
+    manifest = json.loads((merged / "manifest.json").read_text())
+    assert manifest["verification"]["equal_answers"] > 0.9
+    assert manifest["verification"]["perplexity_merged"] == pytest.approx(manifest["verification"]["perplexity_adapter"], rel=0.01)
+    assert not Path(tiny_config.checkpoint_dir, "x").exists() and not list(Path(tiny_config.checkpoint_dir).glob("*/checkpoint-*"))
+    first = (reports / "predictions.jsonl").read_text()
+    for stage in ("evaluate", "dashboard", "merge"):
+        assert arciva.run_main(lambda stage=stage: local.run([*arguments, "--stages", stage])) == 0
+    assert (reports / "predictions.jsonl").read_text() == first
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["--data", "nowhere.jsonl"], "no data at nowhere.jsonl"),
+        (["--base_model", "no_such_folder/model"], "no_such_folder/model"),
+        (["--rank", "0"], "rank is 0"),
+        (["--stages", "dashboard"], "run the evaluate stage first"),
+        (["--stages", "merge"], "train first"),
+        (["--max_length", "3"], "raise max_length"),
+    ],
+)
+def test_what_a_user_gets_wrong_ends_with_one_sentence_and_code_2(tiny_config, capsys, monkeypatch, extra, words):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert arciva.run_main(lambda: local.run([*flags(tiny_config), *extra])) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and words in error and "\n" not in error
+    assert not Path(tiny_config.output_dir).exists() and not Path(tiny_config.merged_dir).exists()
+
+
+def test_a_wrong_flag_shows_its_name(capsys):
+    with pytest.raises(SystemExit) as caught:
+        local.parse_arguments(["--epocks", "3"])
+    assert caught.value.code == 2 and "--epocks" in capsys.readouterr().err
+
+
+def test_help_explains_every_setting():
+    done = subprocess.run([sys.executable, "train_arciva_assistant_local.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert all(f"--{name}" in done.stdout for name in asdict(arciva.Config()))
+    assert "SUPPRESS" not in done.stdout and done.stderr == ""

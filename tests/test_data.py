@@ -1,0 +1,149 @@
+"""Section 3: loading and splitting. Run: pytest tests/test_data.py"""
+
+import itertools
+import json
+import random
+
+import pytest
+from conftest import ROOT, corpus_rows, pair, write_rows
+
+import arciva_assistant_poc as arciva
+
+SEED_CORPUS = str(ROOT / "data" / "arciva_qa_synthetic.jsonl")
+
+
+@pytest.fixture(scope="module")
+def corpus() -> list[arciva.Example]:
+    return arciva.load_examples(SEED_CORPUS)[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{not json", "line 2: not JSON"),
+        ("[1, 2]", "line 2: row"),
+        ('{"instruction": "a"}', "expected 'instruction' with 'response'"),
+        ('{"instruction": "a", "response": "  "}', "empty"),
+        ('{"instruction": 3, "response": "b"}', "instruction: Input should be a valid string"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "end with the assistant"),
+        ('{"messages": [{"role": "robot", "content": "a"}]}', "role"),
+        ('{"instruction": "a", "response": "b", "language": "fr"}', "language"),
+        ('{"id": "fact-0/en/0", "instruction": "a", "response": "b"}', "was used in"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_line_and_reason(tmp_path, line, words):
+    path = write_rows(tmp_path / "rows.jsonl", corpus_rows(1))
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(arciva.ArcivaError, match="rows.jsonl, line 2") as caught:
+        arciva.load_examples(str(path))
+    assert words in str(caught.value)
+
+
+def test_all_bad_rows_are_reported_at_once(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{\n" * 3)
+    with pytest.raises(arciva.ArcivaError, match="3 bad rows"):
+        arciva.load_examples(str(path))
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "no data at"), ("", "holds no rows"), ("\n\n", "holds no rows")])
+def test_a_missing_or_empty_file_says_what_to_do(tmp_path, content, words):
+    path = tmp_path / "rows.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(arciva.ArcivaError, match=words):
+        arciva.load_examples(str(path))
+
+
+def test_reviewed_rows_are_kept_changed_and_discarded_by_their_label(tmp_path):
+    labels = ["✅ Verified", "✍️ Modified", "🗑️ Discarded", None]
+    rows = [
+        {"messages": pair(f"q{i}", f"a{i}"), "review_metadata": {"label": label} if label else None, "unknown": [i]}
+        for i, label in enumerate(labels)
+    ]
+    examples, verdicts = arciva.load_examples(str(write_rows(tmp_path / "rows.jsonl", rows)))
+    assert verdicts == {"verified": 1, "modified": 1, "discarded": 1, "unreviewed": 1}
+    assert [e.question for e in examples] == ["q0", "q1", "q3"]
+    assert json.loads(examples[0].extra) == {"unknown": [0]}
+
+
+def test_output_is_read_as_response_and_a_byte_order_mark_is_no_error(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('﻿{"instruction": "Wie geht das?", "output": "Das ist nicht möglich."}\r\n', encoding="utf-8")
+    examples, _ = arciva.load_examples(str(path))
+    assert examples[0].messages[-1]["content"] == "Das ist nicht möglich."
+    assert examples[0].language == "de"
+
+
+def test_near_duplicates_equal_the_brute_force():
+    rng = random.Random(0)
+    words = "export import photo stack tag search filter panel size name colour rating".split()
+    texts = [" ".join(rng.choices(words, k=6)) for _ in range(150)]
+    texts += [t + rng.choice(["", "s", "?", " now"]) for t in texts[:60]]
+    sets = [arciva.shingles(t) for t in texts]
+    expected = {(i, j) for i, j in itertools.combinations(range(len(texts)), 2) if arciva.jaccard(sets[i], sets[j]) >= 0.8}
+    assert len(expected) > 30
+    assert set(arciva.near_duplicates(texts)) == expected
+
+
+def sides_by_id(examples, seed=42):
+    splits, report = arciva.split_examples(examples, seed)
+    return {i: side for side, dataset in splits.items() for i in dataset["id"]}, report
+
+
+def test_unseen_rows_share_no_fact_with_training(corpus):
+    splits, _ = arciva.split_examples(corpus, 42)
+    taught = {f for facts in splits["train"]["fact_ids"] for f in facts}
+    held_out = [row for side in ("validation", "test") for row in splits[side]]
+    assert {r["novelty"] for r in held_out} == {"rephrased", "unseen"}
+    for row in held_out:
+        assert (set(row["fact_ids"]) <= taught) == (row["novelty"] == "rephrased")
+        assert row["novelty"] == "rephrased" or not set(row["fact_ids"]) & taught
+
+
+def test_no_held_out_wording_has_a_near_copy_in_training(corpus):
+    splits, report = arciva.split_examples(corpus, 42)
+    train = [arciva.shingles(m[-2]["content"]) for m in splits["train"]["messages"]]
+    for side in ("validation", "test"):
+        for messages in splits[side]["messages"]:
+            question = arciva.shingles(messages[-2]["content"])
+            assert all(arciva.jaccard(question, other) < arciva.NEAR_DUPLICATE for other in train)
+    assert report.near_duplicates == 0.0
+    assert report.known_answers == 0.0
+
+
+def test_the_naive_split_leaks_and_is_measured(corpus):
+    _, report = arciva.split_examples(corpus, 42)
+    assert report.naive_known_answers > 0.2
+
+
+def test_the_shares_are_about_eighty_ten_ten(corpus):
+    sides, report = sides_by_id(corpus)
+    share = {side: sum(s == side for s in sides.values()) / len(corpus) for side in ("train", "validation", "test")}
+    assert 0.74 < share["train"] < 0.86
+    assert 0.06 < share["validation"] < 0.14 and 0.06 < share["test"] < 0.14
+    for side in ("validation", "test"):
+        assert min(report.counts[side].values()) >= 25
+
+
+def test_the_order_of_rows_changes_nothing(corpus):
+    shuffled = random.Random(1).sample(corpus, len(corpus))
+    assert sides_by_id(corpus)[0] == sides_by_id(shuffled)[0]
+
+
+def test_an_added_row_moves_no_other(corpus):
+    before = sides_by_id(corpus)[0]
+    rows = [{"instruction": f"Entirely new question {i} {'zyx' * i}", "response": f"new {i}", "fact_ids": [f"zz-new-{i}"]} for i in range(40)]
+    rows += [{"instruction": f"Quite another wording {e.id}", "response": "x", "fact_ids": e.fact_ids} for e in corpus[:40]]
+    rows += [{"instruction": e.question + "!", "response": "near copy", "fact_ids": e.fact_ids} for e in corpus[100:140]]
+    added = [arciva.example_from_row(arciva.Row(**row)) for row in rows]
+    after = sides_by_id([*corpus, *added])[0]
+    # A near copy of a held-out wording may be set aside; no row ever changes its side.
+    assert {i: after[i] for i in before if i in after} == {i: side for i, side in before.items() if i in after}
+    assert len(set(before) - set(after)) <= 2
+
+
+def test_too_little_data_is_refused(tmp_path):
+    examples, _ = arciva.load_examples(str(write_rows(tmp_path / "rows.jsonl", corpus_rows(3))))
+    with pytest.raises(arciva.ArcivaError, match="add data"):
+        arciva.split_examples(examples, 42)

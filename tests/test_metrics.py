@@ -1,0 +1,183 @@
+"""Section 5: generation and scores. Run: pytest tests/test_metrics.py"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import sacrebleu
+import torch
+from conftest import make_model, pair
+from torch.nn import functional as F
+
+import arciva_assistant_poc as arciva
+
+PROMPTS = ["a?", "Wie exportiere ich meine Fotos am besten?", "How do I export?", "Where is the panel and how large is it?", "b"]
+
+
+def answers(model, tokenizer, cpu, batch_size, limit=24):
+    return arciva.generate_answers(model, tokenizer, PROMPTS, cpu, max_new_tokens=limit, batch_size=batch_size)
+
+
+@pytest.fixture
+def stopping_model(chatml):
+    """A random model that ends some answers early: its head prefers the end-of-turn token in some contexts."""
+    model = make_model(vocabulary=len(chatml), tied=False, seed=3)
+    with torch.no_grad():
+        model.lm_head.weight[chatml.eos_token_id] *= 2.2
+    return model
+
+
+def test_answers_one_at_a_time_equal_answers_in_a_batch(stopping_model, chatml, cpu):
+    single = answers(stopping_model, chatml, cpu, 1)
+    assert single == answers(stopping_model, chatml, cpu, 5) == answers(stopping_model, chatml, cpu, 2)
+    assert len({a.tokens for a in single}) > 1  # some rows finished before others and left the batch
+
+
+def test_greedy_answers_equal_those_of_generate(stopping_model, chatml, cpu):
+    for prompt, answer in zip(PROMPTS, answers(stopping_model, chatml, cpu, 5), strict=True):
+        ids = torch.tensor([arciva.encode_prompt(chatml, prompt)])
+        expected = stopping_model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, eos_token_id=chatml.eos_token_id, pad_token_id=0
+        )[0, ids.shape[1] :]
+        assert answer.text == chatml.decode(expected, skip_special_tokens=True).strip()
+        assert answer.cut == (chatml.eos_token_id not in expected.tolist())
+
+
+def test_perplexity_equals_a_direct_computation_over_single_pairs(chatml, cpu):
+    model = make_model(vocabulary=len(chatml))
+    items = [arciva.encode(chatml, pair(p, "Press Start export. " * (i + 1))) for i, p in enumerate(PROMPTS)]
+    losses = arciva.score_losses(model, items, cpu, row_tokens=64, pad_id=chatml.pad_token_id, batch_tokens=150)
+    total, count = 0.0, 0
+    for row, item in zip(losses, items, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([item.input_ids])).logits[0, :-1]
+        labels = torch.tensor(item.labels[1:])
+        nll = F.cross_entropy(logits, labels, ignore_index=arciva.IGNORE_INDEX, reduction="sum").item()
+        assert row[0] == pytest.approx(nll, rel=1e-5) and row[1] == item.supervised
+        total, count = total + nll, count + item.supervised
+    assert arciva.perplexity(losses) == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+def test_rouge_l_keeps_umlauts_and_counts_by_hand():
+    # "die größe ändern" against "die größe wählen": LCS 2 of 3 words on both sides, F = 2/3.
+    assert arciva.rouge_l("Die Größe ändern!", "die größe wählen") == pytest.approx(2 / 3)
+    # Default rouge-score would see "gr e" and "gr e" in both and call these equal.
+    assert arciva.rouge_l("Größe", "Grüße") == 0.0
+
+
+def test_metrics_equal_hand_worked_values():
+    assert arciva.exact_match("Open  “Export”.", "open Export") == 1.0
+    assert arciva.exact_match("Open Export", "Open Import") == 0.0
+    bleu = arciva.CorpusBleu().compute(predictions=["the cat sat on the mat"], references=["the cat sat on the mat"])
+    assert bleu["bleu"] == pytest.approx(100) and bleu["chrf"] == pytest.approx(100)
+    assert arciva.UnicodeRougeL().compute(predictions=["a b", "c"], references=["a b", "d"])["rouge_l"] == 0.5
+    assert arciva.NormalisedExactMatch().compute(predictions=["a", "b"], references=["A!", "c"])["exact_match"] == 0.5
+
+
+@pytest.mark.parametrize("metric", [arciva.BLEU, arciva.CHRF])
+def test_summed_statistics_give_sacrebleus_corpus_score(metric):
+    predictions = ["open the export panel now", "drücke Strg+N um zu starten", "no"]
+    references = ["open the export panel", "drücke Strg+N zum Starten", "there is none"]
+    summed = arciva.corpus_statistics(metric, predictions, references).sum(0)
+    assert arciva.corpus_score(metric, summed) == pytest.approx(metric.corpus_score(predictions, [references]).score)
+
+
+def frame(n=40, seed=0) -> pd.DataFrame:
+    """Predictions in which the tuned model is right three times in four and the base never."""
+    rng = np.random.default_rng(seed)
+    references = [f"open panel {i} and press start export" for i in range(n)]
+    return pd.DataFrame(
+        {
+            "id": [f"r{i}" for i in range(n)],
+            "split": "test",
+            "novelty": ["rephrased" if i % 2 else "unseen" for i in range(n)],
+            "language": "en",
+            "topic": "export",
+            "kind": "how-to",
+            "style": "plain",
+            "question": "q",
+            "reference": references,
+            "base_answer": ["nothing at all here"] * n,
+            "tuned_answer": [r if i % 4 else "wrong words entirely" for i, r in enumerate(references)],
+            "base_cut": True,
+            "tuned_cut": False,
+            "base_nll": rng.uniform(20, 30, n),
+            "tuned_nll": rng.uniform(1, 2, n),
+            "answer_tokens": 8,
+        }
+    )
+
+
+def test_the_report_compares_base_and_tuned_on_the_same_questions():
+    report = arciva.build_report(frame(), arciva.Config())
+    assert set(report["groups"]) == {"test/rephrased", "test/unseen"}
+    exact = report["groups"]["test/unseen"]["exact_match"]
+    assert exact["tuned"]["value"] == 0.5 and exact["base"]["value"] == 0.0  # of 0, 2, 4, … every other one is a multiple of four
+    assert exact["paired"]["won"] == 0.5 and exact["paired"]["tied"] == 0.5 and exact["paired"]["lost"] == 0.0
+    perplexity = report["groups"]["test/rephrased"]["perplexity"]
+    assert perplexity["paired"]["won"] == 1.0 and perplexity["paired"]["p_value"] < 0.01
+    assert "nc:6" in report["signatures"]["chrf"] and "13a" in report["signatures"]["bleu"]
+
+
+def test_intervals_hold_the_value_and_equal_models_are_no_improvement():
+    same = frame().assign(tuned_answer=lambda f: f["base_answer"], tuned_nll=lambda f: f["base_nll"], tuned_cut=True)
+    for scores in arciva.build_report(same, arciva.Config())["groups"].values():
+        for name, metric in ((n, m) for n, m in scores.items() if n != "questions" and "paired" in m):
+            assert metric["paired"]["tied"] == 1.0 and metric["paired"]["p_value"] == 1.0, name
+            assert metric["tuned"]["low"] - 1e-9 <= metric["tuned"]["value"] <= metric["tuned"]["high"] + 1e-9
+
+
+def test_the_bootstrap_interval_of_a_mean_agrees_with_the_normal_approximation():
+    values = (np.arange(400) % 2).astype(float)
+    data = frame(400).assign(tuned_answer=lambda f: np.where(values == 1, f["reference"], "wrong words entirely"))
+    spec = next(m for m in arciva.METRICS if m.name == "exact_match")
+    tuned = arciva.compare(data, spec, arciva.resampling_weights(400, 2000, 1))["tuned"]
+    # sqrt(0.25 / 400) = 0.025, so 0.5 ± 0.049; 2,000 resamples place a bound within about 0.004.
+    assert tuned["low"] == pytest.approx(0.451, abs=0.008) and tuned["high"] == pytest.approx(0.549, abs=0.008)
+
+
+def test_predictions_survive_the_disk(tmp_path):
+    data = frame(4).assign(tuned_answer=["5", "0012", "</script>", "Größe\n2. weiter"])
+    arciva.save_predictions(data, arciva.build_report(frame(), arciva.Config()), str(tmp_path))
+    back = arciva.load_predictions(str(tmp_path))
+    assert back["tuned_answer"].tolist() == data["tuned_answer"].tolist()
+    with pytest.raises(arciva.ArcivaError, match="evaluate stage"):
+        arciva.load_predictions(str(tmp_path / "none"))
+
+
+def test_best_and_worst_are_ordered_by_the_metric():
+    rated = arciva.rate_generations(frame())
+    picked = arciva.best_and_worst(rated, "tuned_rouge_l", count=3)
+    for _, group in picked.groupby(["split", "novelty"]):
+        assert group[group["rank"] == "best"]["tuned_rouge_l"].min() >= group[group["rank"] == "worst"]["tuned_rouge_l"].max()
+    worst_perplexity = arciva.best_and_worst(rated, "tuned_perplexity", count=1).query("rank == 'worst'")["tuned_perplexity"]
+    assert worst_perplexity.max() == rated["tuned_perplexity"].max()
+    assert sacrebleu.__version__ in arciva.build_report(frame(), arciva.Config())["signatures"]["bleu"]
+
+
+def test_model_output_is_escaped_in_the_notebooks_table():
+    shown = arciva.HTML_table(frame(2).assign(tuned_answer="<img src=x onerror=alert(1)>")).data
+    assert "<img" not in shown and "&lt;img" in shown
+
+
+def test_training_rows_enter_no_held_out_figure():
+    data = pd.concat([frame(), frame().assign(split="train", novelty="train")])
+    assert all("train" not in group for group in arciva.build_report(data, arciva.Config())["groups"])
+
+
+def test_predicting_generates_for_base_and_tuned(tiny_config, cpu):
+    config = replace(tiny_config, epochs=4, max_eval_rows=6)
+    tokenizer = arciva.load_tokenizer(config.base_model)
+    splits, _ = arciva.split_examples(arciva.load_examples(config.data)[0], config.seed)
+    model = arciva.add_adapter(arciva.load_base_model(config, cpu), config)
+    before = arciva.predict(model, tokenizer, splits, config, cpu)
+    # An adapter starts as zero: base and tuned must agree to the last digit.
+    assert before["base_answer"].tolist() == before["tuned_answer"].tolist()
+    assert np.array_equal(before["base_nll"], before["tuned_nll"])
+    arciva.train_adapter(model, tokenizer, splits, config, cpu)
+    after = arciva.predict(model, tokenizer, splits, config, cpu)
+    assert np.allclose(after["base_nll"], before["base_nll"])
+    assert after["tuned_nll"].sum() < after["base_nll"].sum()
+    assert set(after["split"]) == {"train", "validation", "test"}

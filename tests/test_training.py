@@ -1,0 +1,246 @@
+"""Section 4: packing, loss, 4-bit training, resume. Run: pytest tests/test_training.py"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, ROOT, make_model, pair
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+import arciva_assistant_poc as arciva
+
+TEXTS = [("How do I export?", "Press Start export."), ("Wie groß?", 'Click "Größe".'), ("a", "b"), ("Name?", "Any name you like, really.")]
+
+
+def encoded_pairs(tokenizer) -> list[arciva.Encoded]:
+    return [arciva.encode(tokenizer, pair(q, a)) for q, a in TEXTS]
+
+
+def forward(model, batch):
+    with torch.no_grad():
+        return model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_a_packed_row_gives_the_logits_of_its_pairs_alone(architecture, training, chatml):
+    model = make_model(architecture, vocabulary=len(chatml)).train(training)
+    items = encoded_pairs(chatml)
+    batch = arciva.collate_packed(items, 10_000, chatml.pad_token_id)
+    assert batch["input_ids"].shape[0] == 1
+    packed = forward(model, batch)
+    for i, item in enumerate(items):
+        alone = forward(model, {"input_ids": torch.tensor([item.input_ids]), "position_ids": torch.arange(len(item.input_ids))[None]})
+        # fp32 sums in another order: 1e-4 against logits of order 1; a leak between pairs shows as more than 1e-1.
+        assert (packed[batch["segments"] == i] - alone[0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_changing_one_pair_leaves_its_neighbours_unchanged(architecture, training, chatml):
+    model = make_model(architecture, vocabulary=len(chatml)).train(training)
+    batch = arciva.collate_packed(encoded_pairs(chatml), 10_000, chatml.pad_token_id)
+    before = forward(model, batch)
+    changed = batch["segments"] == 1
+    batch["input_ids"] = torch.where(changed, (batch["input_ids"] + 7) % len(chatml), batch["input_ids"])
+    after = forward(model, batch)
+    assert torch.equal(before[~changed], after[~changed])
+    assert (before[changed] - after[changed]).abs().max() > 1e-2
+
+
+def test_the_leak_that_packing_avoids_is_real(chatml):
+    """The reference for the two tests above: with an all-ones mask transformers does mix neighbours."""
+    model = make_model(vocabulary=len(chatml))
+    batch = arciva.collate_packed(encoded_pairs(chatml), 10_000, chatml.pad_token_id)
+    mask = torch.ones_like(batch["input_ids"])
+    with torch.no_grad():
+        leaking = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask, use_cache=False).logits
+    assert (leaking - forward(model, batch)).abs().max() > 0.1
+
+
+def test_rows_are_of_nearly_equal_load_and_hold_every_pair_once():
+    lengths = [7, 50, 31, 8, 90, 45, 44, 12, 60, 33]
+    rows = arciva.pack_rows(lengths, 100)
+    assert sorted(i for row in rows for i in row) == list(range(10))
+    # 380 tokens in four rows of 95: LPT stays within a third of the best.
+    assert len(rows) == 4 and max(sum(lengths[i] for i in row) for row in rows) <= 4 / 3 * 95
+
+
+def padded_loss(model, items, pad_id) -> torch.Tensor:
+    """The textbook computation: right-padded batch, attention mask, full logits, mean over all supervised tokens."""
+    width = max(len(i.input_ids) for i in items)
+    ids = torch.tensor([i.input_ids + [pad_id] * (width - len(i.input_ids)) for i in items])
+    labels = torch.tensor([i.labels + [arciva.IGNORE_INDEX] * (width - len(i.labels)) for i in items])
+    mask = torch.tensor([[1] * len(i.input_ids) + [0] * (width - len(i.input_ids)) for i in items])
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=arciva.IGNORE_INDEX)
+
+
+@pytest.mark.parametrize("row_tokens", [10_000, 40])
+def test_padding_and_packing_give_the_same_loss(chatml, row_tokens):
+    model, items = make_model(vocabulary=len(chatml)), encoded_pairs(chatml)
+    batch = arciva.collate_packed(items, row_tokens, chatml.pad_token_id)
+    packed = arciva.answer_loss(model, batch, sum(i.supervised for i in items))
+    assert packed.item() == pytest.approx(padded_loss(model, items, chatml.pad_token_id).item(), abs=1e-5)
+
+
+def test_gradient_accumulation_gives_the_gradients_of_one_batch(chatml):
+    items = encoded_pairs(chatml)
+    supervised, gradients, losses = sum(i.supervised for i in items), [], []
+    for parts in ([items], [[i] for i in items]):
+        model, total = make_model(vocabulary=len(chatml)), 0.0
+        for part in parts:
+            loss = arciva.answer_loss(model, arciva.collate_packed(part, 512, chatml.pad_token_id), supervised)
+            loss.backward()
+            total += loss.item()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        losses.append(total)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-5
+
+
+def quantized_model(base: Path, cpu, **settings):
+    config = arciva.Config(base_model=str(base), rank=4, dropout=0.0, **settings)
+    model = arciva.add_adapter(arciva.load_base_model(config, cpu), config)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)  # zero at the start, where lower layers would get no gradient
+    return model
+
+
+def adapter_gradients(model, batch) -> torch.Tensor:
+    model.train()
+    model.zero_grad()
+    arciva.answer_loss(model, batch, 10).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def test_all_linear_layers_but_the_head_are_four_bit_and_have_an_adapter(tiny_base, cpu):
+    model = quantized_model(tiny_base, cpu)
+    four_bit = [n for n, m in model.named_modules() if type(m).__name__ == "Linear4bit" and n.endswith("base_layer")]
+    assert len(four_bit) == 2 * 7
+    assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "lora_" in n or "norm" in n)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "lora_" not in n)
+
+
+def test_gradients_before_and_after_an_evaluation_are_equal(tiny_base, cpu, chatml):
+    model, items = quantized_model(tiny_base, cpu), encoded_pairs(chatml)
+    batch = arciva.collate_packed(items, 512, chatml.pad_token_id)
+    before = adapter_gradients(model, batch)
+    arciva.score_losses(model, items, cpu, row_tokens=512, pad_id=chatml.pad_token_id)
+    arciva.generate_answers(model, chatml, ["a?"], cpu, max_new_tokens=3, batch_size=2)
+    assert before.abs().max() > 0
+    assert torch.equal(before, adapter_gradients(model, batch))
+
+
+def test_the_estimate_cuts_a_step_that_does_not_fit():
+    config = arciva.Config(pairs_per_step=16)
+    shape = arciva.AutoConfig.for_model(
+        "qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, vocab_size=152064, num_attention_heads=28
+    )
+    plans = [
+        arciva.plan_memory(shape, config, 0.5, free, pair_tokens=100, answer_share=0.5, element=2) for free in (70.0, 16.0, 8.0, 3.0)
+    ]
+    assert plans[0].micro_batch_pairs == 16 and not plans[0].gradient_checkpointing
+    assert all(16 % p.micro_batch_pairs == 0 for p in plans)
+    assert [p.activations_gib for p in plans] == sorted((p.activations_gib for p in plans), reverse=True)
+    assert plans[-1].gradient_checkpointing
+
+
+def train(config, hardware, **settings) -> tuple[arciva.TrainingResult, dict[str, torch.Tensor]]:
+    config = replace(config, **settings)
+    arciva.seed_everything(config.seed)
+    tokenizer = arciva.load_tokenizer(config.base_model)
+    splits, _ = arciva.split_examples(arciva.load_examples(config.data)[0], config.seed)
+    model = arciva.add_adapter(arciva.load_base_model(config, hardware), config)
+    result = arciva.train_adapter(model, tokenizer, splits, config, hardware)
+    return result, {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
+
+
+def test_training_lowers_the_held_out_loss_and_keeps_the_best_adapter(tiny_config, cpu):
+    result, _ = train(tiny_config, cpu, epochs=3)
+    held_out = [h["eval_loss"] for h in result.history if "eval_loss" in h]
+    assert min(held_out) < held_out[0]
+    assert result.best_loss == pytest.approx(min(held_out))
+    assert {"eval_rephrased", "eval_unseen"} <= set(next(h for h in result.history if "eval_loss" in h))
+
+
+def test_micro_batches_change_no_weight_beyond_rounding(tiny_config, cpu):
+    _, whole = train(tiny_config, cpu, epochs=0.5, dropout=0.0, micro_batch_pairs=8)
+    _, parts = train(tiny_config, cpu, epochs=0.5, dropout=0.0, micro_batch_pairs=2)
+    # Adam divides by the gradient's size, so rounding of 1e-7 may move a weight by a small share of the learning rate, 1e-2.
+    assert max((whole[n] - parts[n]).abs().max().item() for n in whole) < 1e-3
+
+
+KILLED_RUN = """
+import json, os, signal, sys, torch
+sys.path[:0] = [{root!r}]
+import arciva_assistant_poc as arciva
+
+class Kill(arciva.TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == {step}:
+            os.kill(os.getpid(), {signal})
+
+config = arciva.Config(**json.loads({config!r}))
+arciva.detect_hardware = lambda: arciva.Hardware("cpu", "test", 8.0, torch.float32, "")
+sys.exit(arciva.run_main(lambda: arciva.run_pipeline(config, ["train"], callbacks=[Kill()])))
+"""
+
+
+@pytest.mark.parametrize(("how", "step", "code"), [(signal.SIGKILL, 7, -signal.SIGKILL), (signal.SIGTERM, 6, 143)])
+def test_a_killed_and_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tiny_config, cpu, how, step, code):
+    config = replace(tiny_config, epochs=2)
+    expected_result, expected = train(config, cpu, checkpoint_dir=tiny_config.checkpoint_dir + "-uninterrupted")
+    script = KILLED_RUN.format(root=str(ROOT), step=step, signal=int(how), config=json.dumps(asdict(config)))
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+    assert killed.returncode == code, killed.stderr
+    assert not Path(config.output_dir).exists()
+    result, resumed = train(config, cpu)
+    assert 0 < result.resumed_from <= step
+    assert result.steps == expected_result.steps
+    assert all(torch.equal(expected[n], resumed[n]) for n in expected)
+
+
+def test_a_checkpoint_without_its_marker_is_passed_over(tmp_path, capsys):
+    for step, complete in ((5, True), (10, True), (15, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if complete:
+            (tmp_path / f"checkpoint-{step}" / "COMPLETE").touch()
+    assert arciva.newest_checkpoint(tmp_path).name == "checkpoint-10"
+    assert "incomplete" in capsys.readouterr().out
+    assert arciva.newest_checkpoint(tmp_path / "nothing") is None
+
+
+def test_the_saved_adapter_is_the_trained_one_and_knows_its_base(tiny_config, cpu, tmp_path, chatml):
+    config = replace(tiny_config, epochs=1)
+    arciva.run_pipeline(config, ["train"])
+    model, tokenizer = arciva.load_tuned_model(config, cpu)
+    stored = load_file(Path(config.output_dir) / "adapter_model.safetensors")
+    live = {n.replace(".default", ""): p for n, p in model.named_parameters() if "lora_" in n}
+    assert stored.keys() == live.keys() and all(torch.equal(stored[n], live[n]) for n in stored)
+    assert tokenizer.chat_template == chatml.chat_template
+    assert math.isfinite(arciva.read_manifest(config.output_dir)["training"]["best_loss"])
+    other = tmp_path / "other_base"
+    make_model("mistral", vocabulary=len(chatml)).save_pretrained(other)
+    chatml.save_pretrained(other)
+    with pytest.raises(arciva.ArcivaError, match="was trained on"):
+        arciva.load_tuned_model(replace(config, base_model=str(other)), cpu)
+
+
+def test_an_unknown_model_is_one_sentence(cpu, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(arciva.ArcivaError, match="cannot load"):
+        arciva.load_base_model(arciva.Config(base_model=str(tmp_path / "empty")), cpu)
+    with pytest.raises(arciva.ArcivaError, match="no tokenizer for"):
+        arciva.load_tokenizer(str(tmp_path / "empty"))

@@ -1,0 +1,387 @@
+"""Build the question-and-answer corpus from the authored knowledge, and check the knowledge.
+
+    python tools/build_corpus.py                       write both data files
+    python tools/build_corpus.py --check [FILE ...]    report every problem, write nothing
+    python tools/build_corpus.py --verify              fail unless the data files equal a fresh build
+
+`data/knowledge/<topic>.yaml` holds entries: facts they rest on, authored questions by style, authored answers by
+form. A row of the corpus is one question with the form of answer that suits its style. What reviewers changed or
+discarded is in `data/knowledge/overrides.jsonl`, one row id a line (see tools/labeling.py), and is applied last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+if "--check" in sys.argv:  # TEMPORARY light import
+    class arciva:
+        normalise = staticmethod(lambda t: " ".join(re.findall(r"\w+", t.casefold())))
+        near_duplicates = staticmethod(lambda q: [])
+else:
+    import arciva_assistant_poc as arciva
+
+KNOWLEDGE = ROOT / "data" / "knowledge"
+EXTENDED = ROOT / "data" / "arciva_qa_extended.jsonl"
+SEED = ROOT / "data" / "arciva_qa_synthetic.jsonl"
+
+STYLES = ("polite", "plain", "keywords", "symptom", "alias", "story", "premise", "typo")
+# The answer's form follows the question: who types two words wants one sentence.
+FORM_OF_STYLE = {"keywords": "short", "typo": "short", "premise": "premise"}
+KINDS = ("how-to", "where", "what", "shortcut", "troubleshoot", "limit", "not-available", "off-topic")
+MAX_WORDS = {"short": 34, "full": 95, "premise": 80}
+MIN_QUESTIONS = {True: {"en": 6, "de": 3}, False: {"en": 3, "de": 1}}
+
+Language = Literal["en", "de"]
+QUOTED = re.compile(r'"([^"\n]+)"')
+# What makes a first sentence a denial; an answer about an absent feature opens with one.
+DENIAL = {
+    "en": re.compile(r"\b(no|not|none|cannot|can't|never|without|isn't|doesn't|nothing|neither|only|nowhere|lacks?)\b", re.I),
+    "de": re.compile(r"\b(nein|nicht|nichts|kein\w*|nie|niemals|ohne|weder|nur|nirgends|fehlt)\b", re.I),
+}
+FUNCTION_WORDS = {
+    "en": set(["the", "a", "an", "is", "are", "you", "your", "of", "to", "in", "it", "and", "that", "this", "with", "for", "does", "has", "have", "can", "there", "from", "on", "by", "be", "as", "at", "if", "not", "its"]),
+    "de": set(["der", "die", "das", "ein", "eine", "einen", "einem", "einer", "ist", "sind", "du", "deine", "deinen", "dein", "und", "nicht", "mit", "für", "im", "in", "den", "dem", "des", "kann", "es", "gibt", "auf", "von", "zu", "zum", "zur", "wird", "werden", "bei", "oder", "nur", "sie", "auch", "aus"]),
+}
+
+
+class Entry(BaseModel):
+    """One thing the assistant knows: its facts, the ways people ask for it, and what to answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str
+    kind: Literal[KINDS]
+    common: bool
+    fact_ids: list[str]
+    must: list[str]
+    questions: dict[Language, list[dict[Literal[STYLES], str]]]
+    answers: dict[Language, dict[Literal["full", "short", "premise"], str]]
+    topic: str = ""
+    source: str = ""
+
+    def rows(self) -> list[dict]:
+        """Corpus rows in authored order; a row's id depends on its entry and its words alone."""
+        rows = []
+        for language, questions in self.questions.items():
+            for style, question in (pair for mapping in questions for pair in mapping.items()):
+                question = question.strip()
+                digest = hashlib.sha256(question.encode()).hexdigest()[:8]
+                rows.append(
+                    {
+                        "id": f"{self.id}/{language}/{digest}",
+                        "instruction": question,
+                        "response": self.answer(language, style),
+                        "language": language,
+                        "topic": self.topic,
+                        "kind": self.kind,
+                        "style": style,
+                        "fact_ids": self.fact_ids or [self.id],
+                    }
+                )
+        return rows
+
+    def form(self, language: str, style: str) -> str:
+        """The form of answer that fits the question's style; the nearest one where that was not written."""
+        wanted = FORM_OF_STYLE.get(style, "full")
+        return next((form for form in (wanted, "full") if self.answers[language].get(form)), "short")
+
+    def answer(self, language: str, style: str) -> str:
+        return self.answers[language][self.form(language, style)].strip()
+
+
+class Override(BaseModel):
+    """What a reviewer made of one row: other words, or none."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str
+    question: str | None = None
+    answer: str | None = None
+    discard: bool = False
+    reviewed: str | None = None  # the labelling tool's timestamp
+    replaces: str | None = None  # revision of the authored row: a later edit of the knowledge is not hidden unseen
+
+    @model_validator(mode="after")
+    def says_one_thing(self) -> Override:
+        changed = self.question is not None or self.answer is not None
+        if changed == self.discard:
+            raise ValueError("expected a question or an answer, or discard: true, and not both")
+        if any(text is not None and not text.strip() for text in (self.question, self.answer)):
+            raise ValueError("a question or answer is empty; to drop the row use discard: true")
+        return self
+
+
+def load_facts() -> dict[str, dict]:
+    return yaml.safe_load((KNOWLEDGE / "facts.yaml").read_text(encoding="utf-8"))
+
+
+def load_entries(paths: Iterable[Path]) -> tuple[list[Entry], list[str]]:
+    """Entries of the given files and every schema problem found, as `file: entry: reason`."""
+    entries, problems = [], []
+    for path in paths:
+        try:
+            document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            problems.append(f"{path.name}: not readable as YAML: {' '.join(str(error).split())}")
+            continue
+        for number, raw in enumerate((document or {}).get("entries") or [], 1):
+            try:
+                entry = Entry(**{**raw, "topic": document["topic"], "source": path.name})
+            except ValidationError as error:
+                name = raw.get("id", f"entry {number}") if isinstance(raw, dict) else f"entry {number}"
+                for detail in error.errors():
+                    where = ".".join(map(str, detail["loc"]))
+                    problems.append(f"{path.name}: {name}: {where}: {detail['msg']}")
+                continue
+            entries.append(entry)
+    return entries, problems
+
+
+def load_overrides(path: Path | None = None) -> tuple[dict[str, Override], list[str]]:
+    """Overrides by row id and every problem of the file; no file means no overrides."""
+    path = path or KNOWLEDGE / "overrides.jsonl"
+    overrides, problems = {}, []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n") if path.exists() else [], 1):
+        if not line.strip():
+            continue
+        try:
+            override = Override.model_validate_json(line)
+        except ValidationError as error:
+            problems += [
+                f"{path.name}: line {number}: {'.'.join(map(str, d['loc'])) or 'override'}: {d['msg']}" for d in error.errors()
+            ]
+            continue
+        if override.id in overrides:
+            problems.append(f"{path.name}: line {number}: {override.id} is overridden twice")
+        overrides[override.id] = override
+    return overrides, problems
+
+
+def revision(question: str, answer: str) -> str:
+    """Eight hex digits that change with a row's words."""
+    return hashlib.sha256(f"{question}\x1f{answer}".encode()).hexdigest()[:8]
+
+
+def apply_overrides(rows: Iterable[dict], overrides: dict[str, Override]) -> list[dict]:
+    """The rows as reviewed. A row keeps its id whatever its words become; a discarded one is left out."""
+    reviewed = []
+    for row in rows:
+        override = overrides.get(row["id"])
+        if override is None:
+            reviewed.append(row)
+        elif not override.discard:
+            question, answer = override.question or row["instruction"], override.answer or row["response"]
+            reviewed.append({**row, "instruction": question.strip(), "response": answer.strip()})
+    return reviewed
+
+
+def knowledge_files() -> list[Path]:
+    return sorted(p for p in KNOWLEDGE.glob("*.yaml") if p.name not in {"facts.yaml", "absent_claims.yaml"})
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+(?:[-'’]\w+)*", text)
+
+
+def first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.!?])\s", text.strip(), maxsplit=1)[0]
+
+
+def lint_entry(entry: Entry, facts: dict[str, dict], labels: str) -> list[str]:
+    """Problems of one entry: what its answers must carry, may quote, and how they open."""
+    found = []
+    if not re.fullmatch(r"[a-z0-9]+(?:-[a-z0-9]+)*", entry.id) or not entry.id.startswith(entry.topic):
+        found.append(f"id must be kebab-case and start with {entry.topic!r}")
+    unknown = [f for f in entry.fact_ids if f not in facts]
+    if unknown:
+        found.append(f"unknown fact ids {unknown}")
+    if not entry.fact_ids and entry.kind != "off-topic":
+        found.append("no fact_ids")
+    absent = any(facts.get(f, {}).get("absent") for f in entry.fact_ids)
+    if entry.kind == "not-available" and not absent:
+        found.append("kind is not-available, but no absent fact is named")
+    for language in ("en", "de"):
+        questions, forms = entry.questions.get(language, []), entry.answers.get(language, {})
+        if len(questions) < MIN_QUESTIONS[entry.common][language]:
+            found.append(f"{language}: {len(questions)} questions, expected {MIN_QUESTIONS[entry.common][language]} or more")
+        if not forms or (entry.common and not {"full", "short"} <= set(forms)):
+            found.append(f"{language}: answers {sorted(forms)}, expected full and short")
+        asked = {style for mapping in questions for style in mapping}
+        if "premise" in asked and "premise" not in forms and entry.kind not in ("not-available", "off-topic"):
+            found.append(f"{language}: a premise question without a premise answer")
+        for form, answer in forms.items():
+            found += [f"{language}.{form}: {p}" for p in lint_answer(entry, language, form, answer, labels)]
+        for mapping in questions:
+            for style, question in mapping.items():
+                if not 2 <= len(words(question)) <= 75 and style != "keywords":
+                    found.append(f"{language}: question of {len(words(question))} words: {question[:50]!r}")
+    return found
+
+
+def lint_answer(entry: Entry, language: str, form: str, answer: str, labels: str) -> list[str]:
+    found = [f"lacks required {term!r}" for term in entry.must if term not in answer]
+    if len(words(answer)) > MAX_WORDS[form]:
+        found.append(f"{len(words(answer))} words, at most {MAX_WORDS[form]}")
+    found += [f"quotes {q!r}, which no fact contains" for q in QUOTED.findall(answer) if q not in labels]
+    if entry.kind == "not-available" and not DENIAL[language].search(first_sentence(answer)):
+        found.append(f"does not open with a denial: {first_sentence(answer)[:60]!r}")
+    tokens = [w.lower() for w in words(QUOTED.sub("", answer))]
+    score = {lang: sum(t in vocabulary for t in tokens) for lang, vocabulary in FUNCTION_WORDS.items()}
+    other = "de" if language == "en" else "en"
+    if score[other] > score[language] + 1:
+        found.append(f"does not read as {language}: {answer[:60]!r}")
+    if re.search(r"[„“”‚‘]", answer):
+        found.append("uses typographic quotes; labels stand in straight ones")
+    return found
+
+
+def lint_overrides(entries: list[Entry], overrides: dict[str, Override], labels: str) -> list[str]:
+    """Problems of the reviewers' overrides: rows that are gone or were rewritten since, and answers that break a rule."""
+    authored = {row["id"]: (entry, row) for entry in entries for row in entry.rows()}
+    found = []
+    for override in overrides.values():
+        if override.id not in authored:
+            found.append(f"overrides: {override.id}: no such row; remove the line, or bring the row's question back")
+            continue
+        entry, row = authored[override.id]
+        if override.replaces not in (None, revision(row["instruction"], row["response"])):
+            found.append(f"overrides: {override.id}: the knowledge has changed since the review; review again or remove the line")
+        if override.answer is not None:
+            form = entry.form(row["language"], row["style"])
+            reasons = lint_answer(entry, row["language"], form, override.answer, labels)
+            found += [f"overrides: {override.id}: {reason}" for reason in reasons]
+    return found
+
+
+def lint(entries: list[Entry], facts: dict[str, dict], overrides: dict[str, Override] | None = None) -> list[str]:
+    """Every problem of the knowledge, one line each, as `file: entry: reason`."""
+    overrides = overrides or {}
+    labels = "\n".join(label for fact in facts.values() for label in map(str, fact["labels"]))
+    problems = [f"{e.source}: {e.id}: {p}" for e in entries for p in lint_entry(e, facts, labels)]
+    problems += [f"{i}: id used {n} times" for i, n in Counter(e.id for e in entries).items() if n > 1]
+    asked = defaultdict(list)
+    for entry in entries:
+        for row in apply_overrides(entry.rows(), overrides):
+            asked[arciva.normalise(row["instruction"])].append(entry.id)
+    problems += [f"{', '.join(ids)}: the same question twice: {q!r}" for q, ids in asked.items() if len(ids) > 1]
+    return problems + lint_overrides(entries, overrides, labels)
+
+
+def near_duplicate_share(rows: list[dict]) -> float:
+    """Share of questions that nearly repeat another question of their own entry, in [0, 1]."""
+    by_entry = defaultdict(list)
+    for row in rows:
+        by_entry[row["id"].rsplit("/", 1)[0]].append(row["instruction"])
+    repeated = sum(len({j for _, j in arciva.near_duplicates(questions)}) for questions in by_entry.values())
+    return repeated / len(rows)
+
+
+SEED_ENTRIES = {"facts": 320, "not-available": 66, "off-topic": 22}
+
+
+def rank(entry: Entry) -> tuple:
+    """Order in which a topic's entries enter the seed corpus: what photographers ask first, then by hash."""
+    return (not entry.common, arciva.fraction("seed", entry.id))
+
+
+def seed_entries(entries: list[Entry]) -> list[Entry]:
+    """The seed corpus's entries: each topic's share follows its size, with rare entries counted a quarter."""
+    chosen = []
+    groups = {
+        "facts": [e for e in entries if e.kind not in ("not-available", "off-topic")],
+        "not-available": [e for e in entries if e.kind == "not-available"],
+        "off-topic": [e for e in entries if e.kind == "off-topic"],
+    }
+    for name, members in groups.items():
+        topics = defaultdict(list)
+        for entry in members:
+            topics[entry.topic].append(entry)
+        weight = {t: sum(1.0 if e.common else 0.25 for e in found) for t, found in topics.items()}
+        for topic, found in sorted(topics.items()):
+            quota = round(SEED_ENTRIES[name] * weight[topic] / sum(weight.values()))
+            chosen += sorted(found, key=rank)[:quota]
+    return chosen
+
+
+def word_pieces(text: str) -> set[str]:
+    """Four-letter pieces of the words: what two wordings share beyond whole words."""
+    return {w[i : i + 4] for w in arciva.normalise(text).split() for i in range(max(1, len(w) - 3))}
+
+
+def typical(entry: Entry, language: str) -> list[dict]:
+    """An entry's rows of one language, the most typical wording first: the one that shares most with the others and the answers."""
+    rows = [r for r in entry.rows() if r["language"] == language]
+    pieces = [word_pieces(r["instruction"]) for r in rows]
+    answers = word_pieces(" ".join(entry.answers[language].values()))
+    shared = Counter(piece for found in pieces for piece in found)
+    score = [sum(shared[p] - 1 + 2 * (p in answers) for p in found) / (len(found) + 6) for found in pieces]
+    return [rows[i] for i in sorted(range(len(rows)), key=lambda i: (-score[i], rows[i]["id"]))]
+
+
+def seed_rows(entry: Entry) -> list[dict]:
+    """The seed corpus asks the way most people do: an entry's two or three most typical English wordings and its German one."""
+    english = 3 if arciva.fraction("fourth", entry.id) < 0.25 else 2
+    return typical(entry, "en")[:english] + typical(entry, "de")[:1]
+
+
+def to_jsonl(rows: Iterable[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def build(entries: list[Entry], overrides: dict[str, Override] | None = None) -> dict[Path, str]:
+    """Content of both data files, rows ordered by id, as reviewed. The overrides are those of the knowledge unless given."""
+    overrides = load_overrides()[0] if overrides is None else overrides
+    extended = sorted((row for entry in entries for row in entry.rows()), key=lambda r: r["id"])
+    # Overrides come after the choice, so that a discarded row moves no other into or out of the seed corpus.
+    seed = sorted((row for entry in seed_entries(entries) for row in seed_rows(entry)), key=lambda r: r["id"])
+    return {EXTENDED: to_jsonl(apply_overrides(extended, overrides)), SEED: to_jsonl(apply_overrides(seed, overrides))}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", nargs="*", metavar="FILE", type=Path, help="report every problem of these files, or of all")
+    parser.add_argument("--verify", action="store_true", help="fail unless the data files equal a fresh build")
+    args = parser.parse_args()
+    entries, problems = load_entries(args.check or knowledge_files())
+    overrides, broken = load_overrides()
+    if args.check:  # some of the files: rows of the others are not gone
+        ids = {entry.id for entry in entries}
+        overrides = {i: o for i, o in overrides.items() if i.split("/")[0] in ids}
+    problems += broken + lint(entries, load_facts(), overrides)
+    rows = apply_overrides((row for entry in entries for row in entry.rows()), overrides)
+    absent = sum(e.kind == "not-available" for e in entries)
+    print(f"{len(entries)} entries ({absent} not available), {len(rows)} questions {dict(Counter(r['language'] for r in rows))}")
+    if rows:
+        print(f"{near_duplicate_share(rows):.2%} of the questions nearly repeat another one of their entry")
+    if problems:
+        print("\n".join(problems))
+        print(f"{len(problems)} problems", file=sys.stderr)
+        return 1
+    if args.check is not None:
+        return 0
+    for path, text in build(entries, overrides).items():
+        if args.verify and path.read_text(encoding="utf-8") != text:
+            print(f"{path.relative_to(ROOT)} is not what the knowledge builds; run python tools/build_corpus.py", file=sys.stderr)
+            return 1
+        if not args.verify:
+            arciva.write_atomic(path, text)
+        print(f"{text.count(chr(10)):6,} rows  {path.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""Train the embedded nano base from scratch on the knowledge as prose.
+
+    python tools/build_nano_base.py [--minutes 12] [--out data/nano_base]
+
+The base reads what a help centre prints: every authored answer under its topic, and below the questions that are on the training side
+of the split in every data file, in both languages. It never reads a held-out question, and never a chat template:
+following one is what fine-tuning teaches. Llama architecture, own byte-level BPE tokenizer, tied embeddings, safetensors in fp16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tools"))
+
+import build_corpus
+
+import arciva_assistant_poc as arciva
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+SEED = 20
+
+
+def held_out_questions() -> set[str]:
+    """Normalised questions that any data file holds out, at the default seed."""
+    held_out = set()
+    for path in (build_corpus.EXTENDED, build_corpus.SEED):
+        examples, _ = arciva.load_examples(str(path))
+        for example, side in zip(examples, arciva.assign_sides(examples, arciva.Config().seed), strict=True):
+            if side != "train":
+                held_out.add(arciva.normalise(example.question))
+    return held_out
+
+
+@dataclass(frozen=True)
+class Document:
+    """A passage of the help centre; where it stands under a title, only the passage is learned."""
+
+    title: str
+    text: str
+
+    def encode(self, tokenizer: PreTrainedTokenizerFast) -> arciva.Encoded:
+        title = tokenizer(f"{self.title}\n\n", add_special_tokens=False)["input_ids"] if self.title else []
+        text = [*tokenizer(self.text, add_special_tokens=False)["input_ids"], tokenizer.pad_token_id]
+        return arciva.Encoded(title + text, [arciva.IGNORE_INDEX] * len(title) + text)
+
+
+def blur(text: str, rng: random.Random, *, keep: tuple[float, float] = (0.35, 1.0)) -> str:
+    """Some of the words, sometimes in another order: an index points to a passage by any of its words."""
+    words, share = text.split(), rng.uniform(*keep)
+    kept = [w for w in words if rng.random() < share] or [rng.choice(words)]
+    if rng.random() < 0.3:
+        rng.shuffle(kept)
+    blurred = " ".join(kept)
+    return blurred.lower() if rng.random() < 0.5 else blurred
+
+
+def documents(entries: list[build_corpus.Entry], held_out: set[str], rng: random.Random) -> list[Document]:
+    """One pass over the knowledge, shuffled: each passage plain, under words of its own, and under every question that may be read."""
+    found = []
+    for entry in entries:
+        for language, forms in entry.answers.items():
+            topic = entry.topic.replace("-", " ")
+            for text in map(str.strip, forms.values()):
+                found.append(Document("", f"{topic}: {text}"))
+                found.append(Document(blur(text, rng, keep=(0.1, 0.5)), text))
+            for mapping in entry.questions[language]:
+                for style, question in mapping.items():
+                    if arciva.normalise(question) not in held_out:
+                        found.append(Document(blur(question, rng), entry.answer(language, style)))
+    rng.shuffle(found)
+    return found
+
+
+def build_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the prose, with ChatML's markers as special tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    # The template's own words get whole tokens; the model never reads them.
+    template_words = ["system\n", "user\n", "assistant\n", arciva.SYSTEM_PROMPT] * 200
+    tokenizer.train_from_iterator([*texts, *template_words], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=2048,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int) -> LlamaForCausalLM:
+    torch.manual_seed(SEED)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=hidden * 11 // 4,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 64,
+            num_key_value_heads=hidden // 64,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def train(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    read: Callable[[random.Random], list[Document]],
+    *,
+    steps: int,
+    learning_rate: float,
+    batch_tokens: int,
+) -> None:
+    """Next-token training on packed documents; each document is its own segment, as in fine-tuning."""
+    rng, hardware = random.Random(SEED), arciva.detect_hardware()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    pool: list[arciva.Encoded] = []
+    started, tokens = time.perf_counter(), 0
+    model.train()
+    for step in range(1, steps + 1):
+        batch, load = [], 0
+        while load < batch_tokens:
+            if not pool:
+                pool = [document.encode(tokenizer) for document in read(rng)]
+            batch.append(pool.pop())
+            load += len(batch[-1].input_ids)
+        rate = learning_rate * min(step / 100, 0.5 * (1 + math.cos(math.pi * step / steps)) * 0.95 + 0.05)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        packed = arciva.collate_packed(batch, 256, tokenizer.pad_token_id)
+        with hardware.autocast():
+            loss = arciva.answer_loss(model, packed, (packed["labels"] != arciva.IGNORE_INDEX).sum())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        tokens += load
+        if step % 50 == 0 or step == steps:
+            seconds = time.perf_counter() - started
+            print(f"step {step:5,} of {steps:,}  loss {loss.item():.3f}  {tokens / seconds:,.0f} tokens/s  {seconds:.0f} s", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "data" / "nano_base")
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--vocabulary", type=int, default=6144)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=6)
+    args = parser.parse_args()
+    entries, problems = build_corpus.load_entries(build_corpus.knowledge_files())
+    if problems:
+        raise SystemExit("\n".join(problems))
+    held_out = held_out_questions()
+    texts = [d.text for d in documents(entries, held_out, random.Random(SEED))]
+    tokenizer = build_tokenizer(texts, args.vocabulary)
+    model = build_model(tokenizer, args.hidden, args.layers)
+    print(f"{model.num_parameters() / 1e6:.1f} M parameters, {len(tokenizer):,} tokens in the vocabulary", flush=True)
+    train(
+        model,
+        tokenizer,
+        lambda rng: documents(entries, held_out, rng),
+        steps=args.steps,
+        learning_rate=args.learning_rate,
+        batch_tokens=args.batch_tokens,
+    )
+    with arciva.atomic_folder(args.out) as folder:
+        model.half().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "out"}
+        arciva.write_atomic(folder / "training.json", json.dumps({"seed": SEED, **settings}, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
