@@ -42,6 +42,10 @@ class JobError(Exception):
     """What a user can put right, found before or without the notebook's module; ends like its ArcivaError."""
 
 
+class Unavailable(Exception):
+    """What may pass by itself: the job ends with 1 and the platform starts it again."""
+
+
 # --- Places: a bucket or a folder, with the same six methods ----------------------------------------------------------
 
 
@@ -97,6 +101,7 @@ class Bucket:
         """Turn permanent errors into one sentence with the bucket's name; what may pass stays what it is."""
         from google.api_core import exceptions as api
         from google.auth.exceptions import GoogleAuthError
+        from google.cloud.storage.exceptions import DataCorruption
 
         try:
             yield
@@ -108,9 +113,13 @@ class Bucket:
             raise JobError(
                 f"bucket {self.bucket}: cannot {action}, not found (404); check the bucket and the path"
             ) from error
+        except api.PreconditionFailed:
+            raise
+        except (api.RetryError, api.ServerError, api.TooManyRequests, DataCorruption) as error:
+            raise Unavailable(
+                f"bucket {self.bucket}: cannot {action}, tried for {RETRY_SECONDS:.0f} s: {error}"
+            ) from error
         except api.ClientError as error:
-            if error.code in (408, 412, 429):
-                raise
             raise JobError(f"bucket {self.bucket}: cannot {action}: {error.message}; check the address") from error
         except GoogleAuthError as error:
             raise JobError(
@@ -150,7 +159,7 @@ class Bucket:
                     pass
                 if last:
                     part.unlink(missing_ok=True)
-                    raise OSError(f"{self.at(name)} arrived with a wrong checksum three times")
+                    raise Unavailable(f"{self.at(name)} arrived with a wrong checksum three times")
         part.replace(target)
 
     def upload(self, file: Path, name: str) -> None:
@@ -159,7 +168,7 @@ class Bucket:
             blob = self.blob(name, chunk_size=CHUNK_BYTES)
             blob.upload_from_filename(str(file), checksum="crc32c", retry=patience())
         if blob.crc32c != checksum(file):
-            raise OSError(f"{self.at(name)} was stored with checksum {blob.crc32c}, expected {checksum(file)}")
+            raise Unavailable(f"{self.at(name)} was stored with checksum {blob.crc32c}, expected {checksum(file)}")
 
     def read(self, name: str) -> str | None:
         """Text of one object, None where there is none."""
@@ -303,29 +312,29 @@ def whole_checkpoints(place: Place) -> dict[str, dict[str, dict]]:
 
 
 def restore_checkpoints(place: Place, folder: Path) -> None:
-    """Bring the newest whole checkpoint of every run to disk, and the best one that it refers to."""
+    """Bring the newest whole checkpoint of every run to disk, with the best one that it refers to.
+
+    Training would go on without its best one, and end with the last adapter in its place; so both come, or neither.
+    """
     for run, checkpoints in whole_checkpoints(place).items():
-        newest = list(checkpoints)[-1]
-        fetch = functools.partial(fetch_checkpoint, place.at(run), folder / run, checkpoints)
-        best = fetch(newest)
-        if best and best != newest:
-            fetch(best)
+        for newest in reversed(checkpoints):
+            state = json.loads(place.at(run, newest).read("trainer_state.json"))
+            best = Path(state.get("best_model_checkpoint") or newest).name
+            if best in checkpoints:
+                for name in dict.fromkeys((best, newest)):
+                    fetch_checkpoint(place.at(run, name), checkpoints[name], folder / run / name)
+                break
+            print(f"{place.at(run, newest)} is passed over: {best}, the best one so far, is not there")
 
 
-def fetch_checkpoint(place: Place, folder: Path, checkpoints: Mapping[str, dict], name: str) -> str | None:
-    """Fetch one checkpoint; returns the name of the best one so far, whose path is made the one on this disk."""
-    if name not in checkpoints:
-        raise JobError(
-            f"{place.at(name)} holds the best adapter so far and is missing; restore it, or run with --resume never"
-        )
-    download_folder(place.at(name), checkpoints[name], folder / name, last="COMPLETE")
-    file = folder / name / "trainer_state.json"
+def fetch_checkpoint(place: Place, marker: dict, folder: Path) -> None:
+    """Fetch one checkpoint; the best one that it refers to is named by its path on this disk."""
+    download_folder(place, marker, folder, last="COMPLETE")
+    file = folder / "trainer_state.json"
     state = json.loads(file.read_text(encoding="utf-8"))
-    best = state.get("best_model_checkpoint") and Path(state["best_model_checkpoint"]).name
-    here = str(folder / best) if best else None
-    if state.get("best_model_checkpoint") != here:
+    best = state.get("best_model_checkpoint")
+    if best and best != (here := str(folder.with_name(Path(best).name))):
         file.write_text(json.dumps({**state, "best_model_checkpoint": here}, indent=2) + "\n", encoding="utf-8")
-    return best
 
 
 def prune_checkpoints(place: Place, best: str, keep: int) -> None:
@@ -561,7 +570,7 @@ def leave_fatal(output: Place, key: str, reason: str) -> None:
     if is_first_process():
         try:
             output.write(FATAL, json.dumps({"job": key, "reason": reason}, indent=1))
-        except (JobError, OSError) as error:
+        except (JobError, Unavailable, OSError) as error:
             print(f"{FATAL} could not be left: {error}", file=sys.stderr)
 
 
@@ -666,9 +675,9 @@ def job_main(arguments: Sequence[str]) -> int:
     try:
         output, key = output_place(arguments), job_key(arguments)
         ended = earlier_end(output, key)
-    except JobError as error:
+    except (JobError, Unavailable) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, JobError) else 1
     if ended is not None:
         return ended
     launch_cluster(arguments)
@@ -684,7 +693,11 @@ def job_main(arguments: Sequence[str]) -> int:
             reasons.append(str(error))
             raise arciva.ArcivaError(str(error)) from error
 
-    code = arciva.run_main(run)
+    try:
+        code = arciva.run_main(run)
+    except Unavailable as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     if code == 2:
         leave_fatal(output, key, reasons[0] if reasons else "the GPU ran out of memory")
     return code
@@ -853,6 +866,9 @@ def prepare_data(options: argparse.Namespace, arguments: list[str]) -> list[str]
 
     _, settings = parse_job(arguments)
     arciva.check_config(arciva.Config(**settings))
+    base = settings.get("base_model", "")
+    if Path(base).is_dir() and not Path(base).resolve().is_relative_to(Path(__file__).resolve().parent / "data"):
+        raise JobError(f"base model {base} lies on this machine; copy it to the bucket and give its gs:// address")
     sources = data_sources(settings.get("data"), named_values(options.env, "--env"))
     with tempfile.TemporaryDirectory() as folder:
         paths = fetch_data(sources, Path(folder)) if sources else arciva.Config().data
@@ -890,7 +906,9 @@ def replace_flag(arguments: Sequence[str], flag: str, value: str) -> list[str]:
 
 def submit_job(spec: dict, options: argparse.Namespace) -> None:
     """Hand the spec to the platform by its SDK; with --follow, stay until the job ends."""
+    from google.api_core.exceptions import GoogleAPICallError
     from google.auth.credentials import AnonymousCredentials
+    from google.auth.exceptions import GoogleAuthError
     from google.cloud import aiplatform
     from google.cloud.aiplatform_v1.types import CustomJobSpec
 
@@ -913,7 +931,10 @@ def submit_job(spec: dict, options: argparse.Namespace) -> None:
         "disable_retries": typed.scheduling.disable_retries,
         "restart_job_on_worker_restart": typed.scheduling.restart_job_on_worker_restart,
     }
-    job.submit(**rules)
+    try:
+        job.submit(**rules)
+    except (GoogleAPICallError, GoogleAuthError) as error:
+        raise JobError(f"project {options.project}, region {options.region} refuse the job: {error}") from error
     number = job.resource_name.rpartition("/")[2]
     print(f"submitted     {job.resource_name}\nresults       {options.base_output_dir.rstrip('/')}/model")
     print(
@@ -958,7 +979,7 @@ def submit_main(arguments: Sequence[str]) -> int:
             print(as_yaml(spec, options), end="")
         else:
             submit_job(spec, options)
-    except JobError as error:
+    except (JobError, Unavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -974,7 +995,8 @@ def check_job(options: argparse.Namespace, arguments: list[str]) -> list[str]:
             "a hub token is among the flags; put it into Secret Manager and give --hub-token-secret its name"
         )
     try:
-        return prepare_data(options, arguments)
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is the job's YAML alone
+            return prepare_data(options, arguments)
     except arciva.ArcivaError as error:
         raise JobError(str(error)) from error
 

@@ -36,6 +36,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 SEED = 20
+OPENING_TOKENS = 12
 
 
 def held_out_questions() -> set[str]:
@@ -55,36 +56,40 @@ class Document:
 
     title: str
     text: str
+    opening_only: bool = False  # learn which passage belongs here, not to recite it once more
 
     def encode(self, tokenizer: PreTrainedTokenizerFast) -> arciva.Encoded:
         title = tokenizer(f"{self.title}\n\n", add_special_tokens=False)["input_ids"] if self.title else []
         text = [*tokenizer(self.text, add_special_tokens=False)["input_ids"], tokenizer.pad_token_id]
+        text = text[:OPENING_TOKENS] if self.opening_only else text
         return arciva.Encoded(title + text, [arciva.IGNORE_INDEX] * len(title) + text)
 
 
-def blur(text: str, rng: random.Random, *, keep: tuple[float, float] = (0.35, 1.0)) -> str:
-    """Some of the words, sometimes in another order: an index points to a passage by any of its words."""
-    words, share = text.split(), rng.uniform(*keep)
+def blur(text: str, rng: random.Random, share: float) -> str:
+    """About `share` of the words, sometimes in another order: an index finds a passage by any of its words."""
+    words = text.split()
     kept = [w for w in words if rng.random() < share] or [rng.choice(words)]
-    if rng.random() < 0.3:
+    if rng.random() < 0.25:
         rng.shuffle(kept)
-    blurred = " ".join(kept)
-    return blurred.lower() if rng.random() < 0.5 else blurred
+    return " ".join(kept)
 
 
 def documents(entries: list[build_corpus.Entry], held_out: set[str], rng: random.Random) -> list[Document]:
-    """One pass over the knowledge, shuffled: each passage plain, under words of its own, and under every question that may be read."""
+    """One pass over the knowledge, shuffled: passages plain, under words of their own, and under the questions that may be read."""
     found = []
     for entry in entries:
         for language, forms in entry.answers.items():
             topic = entry.topic.replace("-", " ")
             for text in map(str.strip, forms.values()):
-                found.append(Document("", f"{topic}: {text}"))
-                found.append(Document(blur(text, rng, keep=(0.1, 0.5)), text))
+                if rng.random() < 0.4:
+                    found.append(Document("", f"{topic}: {text}"))
+                if rng.random() < 0.4:
+                    found.append(Document(blur(text, rng, rng.uniform(0.1, 0.5)), text, opening_only=True))
             for mapping in entry.questions[language]:
                 for style, question in mapping.items():
                     if arciva.normalise(question) not in held_out:
-                        found.append(Document(blur(question, rng), entry.answer(language, style)))
+                        title = question if rng.random() < 0.25 else blur(question, rng, rng.uniform(0.4, 1.0))
+                        found.append(Document(title, entry.answer(language, style), opening_only=rng.random() < 0.85))
     rng.shuffle(found)
     return found
 
@@ -175,8 +180,8 @@ def main() -> int:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=6144)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--hidden", type=int, default=320)
+    parser.add_argument("--layers", type=int, default=4)
     args = parser.parse_args()
     entries, problems = build_corpus.load_entries(build_corpus.knowledge_files())
     if problems:
