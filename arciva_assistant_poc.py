@@ -118,6 +118,8 @@ from transformers import (
 )
 
 IGNORE_INDEX = -100
+# Where the repository's files lie when this runs as a module; a notebook runs in its own folder.
+REPOSITORY = Path(globals().get("__file__", "notebook")).resolve().parent
 
 
 class ArcivaError(Exception):
@@ -531,7 +533,9 @@ class Row(BaseModel):
     def verdict(self) -> str:
         """What a reviewer decided: verified, modified, discarded, or unreviewed."""
         label = str((self.review_metadata or {}).get("label", "")).casefold()
-        return next((word for word in ("verified", "modified", "discarded") if word in label), "unreviewed")
+        return next(
+            (word for word in ("verified", "modified", "discarded") if word in re.findall(r"\w+", label)), "unreviewed"
+        )
 
 
 # %%
@@ -683,7 +687,7 @@ def load_examples(sources: str) -> tuple[list[Example], Counter]:
     examples, verdicts, problems, seen = [], Counter(), [], {}
     for source in (s.strip() for s in sources.split(",") if s.strip()):
         path = fetch(source)
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
             if not line.strip():
                 continue
             try:
@@ -2103,6 +2107,7 @@ def build_report(predictions: pd.DataFrame, config: Config, *, resources: dict |
     """
     return {
         "schema_version": 1,
+        "created": time.strftime("%Y-%m-%d %H:%M"),
         "config": asdict(config),
         "versions": package_versions(),
         "signatures": {
@@ -2183,6 +2188,211 @@ def load_predictions(reports_dir: str) -> pd.DataFrame:
 # Averages hide what a support team needs to know: does it name the right button, does it hold its ground when a question assumes
 # something false? Suites are data files in `data/suites/`, each item with its own checks. Whoever has no suites beside the notebook
 # skips this section, and is told so.
+
+# %%
+DENIAL = {
+    "en": r"\b(no|not|none|cannot|can't|never|without|isn't|doesn't|nothing|neither|only|nowhere|lacks?)\b",
+    "de": r"\b(nein|nicht|nichts|kein\w*|nie|niemals|ohne|weder|nur|nirgends|fehlt)\b",
+}
+OUTSIDE = r"\b(outside|beyond|only help|only answer|cannot help|can't help|can only|not something|außerhalb|nicht helfen|nur bei|nur zu|nur fragen|kann ich nicht|nichts sagen)\b"
+
+
+class SuiteItem(BaseModel):
+    """One question of a suite with the checks its answer must pass."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str
+    suite: Literal["checklists", "probes"]
+    capability: str
+    type: Literal[
+        "minimum", "invariance", "directional", "absent", "premise", "number", "other-product", "out-of-domain", "twin"
+    ]
+    language: Literal["en", "de"]
+    prompt: str
+    gold: str  # an answer that passes
+    expect: Literal["answer", "deny", "decline"]  # a fact, that there is none, or that it is none of our business
+    must: list[list[str]] = []  # each group needs one of its strings in the answer
+    must_not: list[str] = []
+    same_as: str | None = None  # invariance: must pass exactly where that item passes
+    answer_language: Literal["en", "de"] | None = None
+    steps: bool | None = None  # directional: whether the answer is a numbered list
+    twin: str | None = None  # probes: the answerable question beside this one
+    fact_ids: list[str] = []
+
+
+def load_suites(folder: str = "data/suites") -> list[SuiteItem]:
+    """Items of every suite file; an empty list, and a line that says so, where there are none."""
+    files = sorted(Path(folder).glob("*.jsonl")) or sorted((REPOSITORY / folder).glob("*.jsonl"))
+    if not files:
+        print(f"no suites in {folder}: this section is skipped; the repository carries them")
+    items, problems = [], []
+    for file in files:
+        for number, line in enumerate(file.read_text(encoding="utf-8").strip().split("\n"), 1):
+            try:
+                items.append(SuiteItem.model_validate_json(line))
+            except ValidationError as error:
+                problems.append(f"{file.name}, line {number}: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}")
+    if problems:
+        raise ArcivaError(f"{len(problems)} bad suite items:\n  " + "\n  ".join(problems))
+    return items
+
+
+# %%
+def denies(answer: str, language: str) -> bool:
+    """Whether the first sentence says that something is not there."""
+    return bool(re.search(DENIAL[language], re.split(r"(?<=[.!?])\s", answer.strip())[0], re.IGNORECASE))
+
+
+def unsupported_claims(answer: str, vocabulary: str, prompt: str = "") -> list[str]:
+    """Quoted labels, shortcuts and numbers of an answer that neither the knowledge nor the question contains."""
+    claims = re.findall(r'"([^"\n]{2,80})"', answer)
+    claims += re.findall(r"\b(?:Ctrl|Cmd|Strg|Alt|Shift)\+\w+", answer)
+    claims += re.findall(r"(?<![\w.])\d+(?:[.,]\d+)*(?![\w.]*\.\s)", re.sub(r"(?m)^\s*\d+\.\s", "", answer))
+    known = vocabulary + "\n" + prompt
+    return [c for c in dict.fromkeys(claims) if c not in known]
+
+
+def failures(item: SuiteItem, answer: str) -> list[str]:
+    """Why an answer fails an item; an empty list is a pass. `same_as` is judged over all items, in `run_suite`."""
+    language, found = item.answer_language or item.language, []
+    if not answer.strip():
+        return ["empty"]
+    if item.expect == "deny" and not denies(answer, language):
+        found.append("does not say that it is not there")
+    if item.expect == "decline" and not re.search(OUTSIDE, answer, re.IGNORECASE):
+        found.append("does not decline")
+    if item.expect == "answer" and re.search(OUTSIDE, answer, re.IGNORECASE):
+        found.append("declines an answerable question")
+    text = normalise(answer)
+    found += [f"lacks {' or '.join(group)}" for group in item.must if not any(normalise(m) in text for m in group)]
+    found += [f"says {word}" for word in item.must_not if normalise(word) in text]
+    if item.answer_language and guess_language(answer) != item.answer_language:
+        found.append(f"is not in {item.answer_language}")
+    if item.steps is not None and bool(re.search(r"(?m)^\s*1[.)]\s", answer)) != item.steps:
+        found.append("is not a numbered list" if item.steps else "is a numbered list")
+    return found
+
+
+def run_suite(items: Sequence[SuiteItem], answer: Callable[[list[str]], list[str]], vocabulary: str) -> pd.DataFrame:
+    """One row per item: its answer, whether it passed and why not, and how many claims the knowledge does not support.
+
+    `answer` maps prompts to answers: a model, a merged folder or a served endpoint.
+    """
+    answers = answer([item.prompt for item in items])
+    reasons = {item.id: failures(item, text) for item, text in zip(items, answers, strict=True)}
+    rows = []
+    for item, text in zip(items, answers, strict=True):
+        found = list(reasons[item.id])
+        if item.same_as and bool(found) != bool(reasons.get(item.same_as)):
+            found.append(f"differs in outcome from {item.same_as}")
+        unsupported = unsupported_claims(text, vocabulary, item.prompt)
+        rows.append(
+            {
+                **item.model_dump(),
+                "answer": text,
+                "passed": not found,
+                "reasons": "; ".join(found),
+                "unsupported": len(unsupported),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+# %%
+def suite_matrix(results: pd.DataFrame) -> pd.DataFrame:
+    """Pass rate of each capability and type of item."""
+    return results.pivot_table(index="capability", columns="type", values="passed", aggfunc="mean")
+
+
+def hallucination_summary(results: pd.DataFrame) -> dict[str, float]:
+    """False answers to probes and false refusals of their answerable twins, together: shares in [0, 1].
+
+    Refusing everything gives no false answer and only false refusals; `balanced_accuracy` is then one half.
+    """
+    probes = results[(results["suite"] == "probes")]
+    twins, traps = probes[probes["type"] == "twin"], probes[probes["type"] != "twin"]
+    false_answer, false_refusal = 1 - traps["passed"].mean(), 1 - twins["passed"].mean()
+    return {
+        "probes": len(traps),
+        "twins": len(twins),
+        "false_answer": float(false_answer),
+        "false_refusal": float(false_refusal),
+        "balanced_accuracy": float(1 - (false_answer + false_refusal) / 2),
+        "unsupported_per_answer": float(results["unsupported"].mean()),
+    }
+
+
+# %%
+def knowledge_vocabulary(examples: Sequence[Example], folder: str = "data/knowledge") -> str:
+    """All that an answer may quote: the knowledge's labels where the repository is present, and every reference answer."""
+    index = next((p for p in (Path(folder), REPOSITORY / folder) if (p / "facts.yaml").is_file()), None)
+    labels = (index / "facts.yaml").read_text(encoding="utf-8") if index else ""
+    return labels + "\n".join(e.messages[-1]["content"] for e in examples)
+
+
+def run_suites(
+    model, tokenizer, items: Sequence[SuiteItem], vocabulary: str, config: Config, hardware: Hardware
+) -> dict[str, pd.DataFrame]:
+    """Results of base and tuned on the same items."""
+
+    def answer(prompts: list[str]) -> list[str]:
+        found = generate_answers(
+            model,
+            tokenizer,
+            prompts,
+            hardware,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.generation_batch,
+        )
+        return [a.text for a in found]
+
+    results = {"tuned": run_suite(items, answer, vocabulary)}
+    with untuned(model):
+        results["base"] = run_suite(items, answer, vocabulary)
+    return results
+
+
+def save_suites(suites: dict[str, pd.DataFrame], reports_dir: str) -> None:
+    """`suites.json` (rates by suite, capability and type, probes together) and `suites_<who>.jsonl` (every answer)."""
+    summary = {}
+    for who, results in suites.items():
+        write_atomic(
+            Path(reports_dir) / f"suites_{who}.jsonl", results.to_json(orient="records", lines=True, force_ascii=False)
+        )
+        summary[who] = {
+            "passed": results.groupby("suite")["passed"].mean().to_dict(),
+            "probes": hallucination_summary(results),
+            "matrix": json.loads(suite_matrix(results).to_json(orient="index")),
+        }
+    write_atomic(Path(reports_dir) / "suites.json", json.dumps(summary, indent=1))
+
+
+def load_suite_results(reports_dir: str) -> dict[str, pd.DataFrame] | None:
+    """Suite results of an earlier evaluation; None where it ran without suites."""
+    files = {who: Path(reports_dir) / f"suites_{who}.jsonl" for who in ("tuned", "base")}
+    if not all(file.is_file() for file in files.values()):
+        return None
+    return {who: pd.read_json(file, lines=True, convert_dates=False) for who, file in files.items()}
+
+
+# %% tags=["active-ipynb"]
+# suite_items = load_suites()
+# suites = (
+#     run_suites(model, tokenizer, suite_items, knowledge_vocabulary(examples), config, hardware) if suite_items else None
+# )
+# if suites:
+#     save_suites(suites, config.reports_dir)
+
+# %% tags=["active-ipynb"]
+# pd.DataFrame({who: hallucination_summary(results) for who, results in suites.items()}) if suites else "no suites"
+
+# %% [markdown]
+# Read false answers and false refusals together: a model that refuses everything has none of the former and all of the latter, and its
+# balanced accuracy is one half. The matrix below shows the share of passed items by capability and type of check.
+
+# %% tags=["active-ipynb"]
+# suite_matrix(suites["tuned"]).style.format("{:.0%}", na_rep="") if suites else "no suites"
 
 # %% [markdown]
 # ## 7. Interactive Dashboard
@@ -2295,16 +2505,136 @@ def HTML_table(frame: pd.DataFrame):
     )
 
 
+# %% [markdown]
+# The page that leaves the notebook is one HTML file with its data inside: it opens offline, in a mail, in Jupyter and in Colab. Its template
+# lies in the repository; a notebook without it writes the CSV alone and says so. Answers are hostile input, so nothing of them
+# reaches the page unescaped.
+
+
 # %%
-def write_dashboard(predictions: pd.DataFrame, report: dict, reports_dir: str) -> pd.DataFrame:
-    """Write `dashboard.csv` with every rated answer; returns the rated frame."""
+NOSCRIPT_ROWS, NOSCRIPT_TEXT = 300, 200
+SHOWN = ("id", "split", "novelty", "language", "question", "reference", "base_answer", "tuned_answer", "tuned_rouge_l")
+
+
+def plain(value):
+    """`value` in JSON's own types: NumPy scalars unpacked, NaN and infinities as null, anything unknown as text."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
+
+
+def script_json(data: dict) -> str:
+    """ASCII JSON that cannot end its script element; non-ASCII, U+2028 and U+2029 too, comes out as \\u escapes."""
+    text = json.dumps(plain(data), ensure_ascii=True, separators=(",", ":"))
+    return re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+# %%
+def html_table(caption: str, columns: Sequence[str], rows: list[list]) -> str:
+    """An escaped table with shortened cells."""
+
+    def cell(value, tag="td") -> str:
+        text = f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+        shown = text if len(text) <= NOSCRIPT_TEXT else text[:NOSCRIPT_TEXT] + " …"
+        return f"<{tag}>{html.escape(shown.encode('utf-8', 'replace').decode())}</{tag}>"
+
+    lines = ["".join(cell(c, "th") for c in columns), *("".join(map(cell, row)) for row in rows)]
+    return f"<table><caption>{html.escape(caption)}</caption><tr>{'</tr><tr>'.join(lines)}</tr></table>"
+
+
+def render_page(data: dict, template: str) -> str:
+    """The template with its title, its data and, for readers without scripts, two plain tables filled in."""
+    rows, columns = data["rows"], ["group", "questions", "metric", "base", "tuned"]
+    summary = [[*(x[c] for c in columns[:3]), x["base"]["value"], x["tuned"]["value"]] for x in data["summary"]]
+    caption = f"The first {min(len(rows), NOSCRIPT_ROWS)} of {len(rows)} answers, shortened; scripts are off."
+    answers = html_table(caption, SHOWN, [[r.get(c) for c in SHOWN] for r in rows[:NOSCRIPT_ROWS]])
+    parts = {"TITLE": html.escape(data["title"]), "TABLE": html_table("Summary", columns, summary) + answers}
+    # One pass, so that a placeholder within the data stays text.
+    pattern = r"<!--ARCIVA_(TITLE|TABLE)-->|/\*ARCIVA_DATA\*/"
+    return re.sub(pattern, lambda match: parts[match[1]] if match[1] else script_json(data), template)
+
+
+# %%
+METRIC_LABELS = {
+    "rouge_l": ("ROUGE-L", "higher", 2),
+    "chrf": ("chrF", "higher", 1),
+    "bleu": ("BLEU", "higher", 1),
+    "exact_match": ("Exact match", "higher", 2),
+    "perplexity": ("Perplexity", "lower", 2),
+    "bits_per_byte": ("Bits per byte", "lower", 2),
+    "cut_off": ("Cut off", "lower", 2),
+}
+
+
+def suite_rows(suites: dict[str, pd.DataFrame]) -> list[dict]:
+    """Suite items with base and tuned answers side by side."""
+    base = suites["base"][["id", "answer", "passed"]].rename(columns={"answer": "base_answer", "passed": "base_passed"})
+    joined = suites["tuned"].rename(columns={"answer": "tuned_answer", "passed": "tuned_passed"}).merge(base, on="id")
+    kept = [
+        "id",
+        "suite",
+        "capability",
+        "type",
+        "language",
+        "prompt",
+        "reasons",
+        "base_answer",
+        "tuned_answer",
+        "base_passed",
+        "tuned_passed",
+    ]
+    return joined[kept].to_dict("records")
+
+
+def dashboard_data(rated: pd.DataFrame, report: dict, suites: dict[str, pd.DataFrame] | None = None) -> dict:
+    """What the page shows: summary with intervals, metrics, rows, and the suites' items where they ran."""
+    summary = [
+        {"group": group, "questions": scores["questions"], "metric": name, **scores[name]}
+        for group, scores in report["groups"].items()
+        for name in METRIC_LABELS
+    ]
+    nano = "nano_base" in report["config"]["base_model"]
+    return {
+        "title": "Arciva assistant: base beside tuned",
+        "generated": report["created"],
+        "note": "Nano base: this page proves the pipeline, not the assistant." if nano else None,
+        "summary": summary,
+        "metrics": [
+            {"name": n, "label": label, "better": better, "digits": d}
+            for n, (label, better, d) in METRIC_LABELS.items()
+        ],
+        "suites": {"items": suite_rows(suites)} if suites else None,
+        "rows": rated.to_dict("records"),
+    }
+
+
+def write_dashboard(
+    predictions: pd.DataFrame,
+    report: dict,
+    reports_dir: str,
+    *,
+    suites: dict[str, pd.DataFrame] | None = None,
+    template: str = "tools/dashboard_template.html",
+) -> pd.DataFrame:
+    """Write `dashboard.csv` and, with the template, `dashboard.html`; returns every rated answer."""
     rated = rate_generations(predictions)
     write_atomic(Path(reports_dir) / "dashboard.csv", rated.to_csv(index=False))
+    found = next((p for p in (Path(template), REPOSITORY / template) if p.is_file()), None)
+    if found:
+        page = render_page(dashboard_data(rated, report, suites), found.read_text(encoding="utf-8"))
+        write_atomic(Path(reports_dir) / "dashboard.html", page)
+    else:
+        print(f"no {template} here: the table is in dashboard.csv; the page needs the repository's template")
     return rated
 
 
 # %% tags=["active-ipynb"]
-# rated = write_dashboard(predictions, report, config.reports_dir)
+# rated = write_dashboard(predictions, report, config.reports_dir, suites=suites)
 # chosen = best_and_worst(rated, "tuned_rouge_l", count=4)
 # show_table(chosen[SHOWN])
 
@@ -2750,9 +3080,18 @@ def run_pipeline(
         save_predictions(predictions, report, config.reports_dir)
         print(report_table(report).to_string())
         written["report"] = Path(config.reports_dir) / "metrics.json"
+        if items := load_suites():
+            save_suites(
+                run_suites(model, tokenizer, items, knowledge_vocabulary(examples), config, hardware),
+                config.reports_dir,
+            )
+            written["suites"] = Path(config.reports_dir) / "suites.json"
     if "dashboard" in stages:
-        write_dashboard(load_predictions(config.reports_dir), load_report(config.reports_dir), config.reports_dir)
-        written["dashboard"] = Path(config.reports_dir) / "dashboard.csv"
+        predictions, report = load_predictions(config.reports_dir), load_report(config.reports_dir)
+        write_dashboard(predictions, report, config.reports_dir, suites=load_suite_results(config.reports_dir))
+        written["dashboard"] = next(
+            p for n in ("dashboard.html", "dashboard.csv") if (p := Path(config.reports_dir) / n).is_file()
+        )
     if "merge" in stages:
         rows = verification_rows(splits, config)
         live = measure_model(model, tokenizer, rows, config, hardware)

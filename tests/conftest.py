@@ -40,13 +40,23 @@ def make_tokenizer(template: str | None, *, bos: str | None, eos: str, pad: str 
     tokenizer.decoder = decoders.ByteLevel()
     specials = list(dict.fromkeys(t for t in (pad, bos, eos, "<|im_start|>" if template == CHATML else None) if t))
     trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=420,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(TEXT, trainer)
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad, chat_template=template, padding_side="left"
+        tokenizer_object=tokenizer,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=pad,
+        chat_template=template,
+        padding_side="left",
     )
 
 
@@ -63,7 +73,9 @@ ARCHITECTURES = {
 }
 
 
-def make_model(architecture: str = "llama", *, vocabulary: int = 420, tied: bool = True, layers: int = 2, seed: int = 0):
+def make_model(
+    architecture: str = "llama", *, vocabulary: int = 420, tied: bool = True, layers: int = 2, seed: int = 0
+):
     """A random model whose weights are large enough for attention to matter."""
     torch.manual_seed(seed)
     config_class, model_class = ARCHITECTURES[architecture]

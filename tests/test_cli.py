@@ -15,7 +15,12 @@ import train_arciva_assistant_local as local
 
 def flags(config: arciva.Config) -> list[str]:
     default = arciva.Config()
-    return [part for f in fields(config) if (value := getattr(config, f.name)) != getattr(default, f.name) for part in (f"--{f.name}", str(value))]
+    return [
+        part
+        for f in fields(config)
+        if (value := getattr(config, f.name)) != getattr(default, f.name)
+        for part in (f"--{f.name}", str(value))
+    ]
 
 
 def test_every_setting_is_a_flag_and_only_given_ones_count():
@@ -30,12 +35,20 @@ def test_the_stages_run_together_and_one_by_one_from_disk(tiny_config, capsys):
     assert arciva.run_main(lambda: local.run(arguments)) == 0
     assert "merged model" in capsys.readouterr().out
     reports, merged = Path(tiny_config.reports_dir), Path(tiny_config.merged_dir)
-    assert {"metrics.json", "metrics.csv", "predictions.jsonl", "loss.csv", "loss.png", "dashboard.csv"} <= {p.name for p in reports.iterdir()}
-    assert {"model.safetensors", "config.json", "manifest.json", "README.md", "tokenizer.json"} <= {p.name for p in merged.iterdir()}
+    assert {"metrics.json", "metrics.csv", "predictions.jsonl", "loss.csv", "loss.png", "dashboard.csv"} <= {
+        p.name for p in reports.iterdir()
+    }
+    assert {"model.safetensors", "config.json", "manifest.json", "README.md", "tokenizer.json"} <= {
+        p.name for p in merged.iterdir()
+    }
     manifest = json.loads((merged / "manifest.json").read_text())
     assert manifest["verification"]["equal_answers"] > 0.9
-    assert manifest["verification"]["perplexity_merged"] == pytest.approx(manifest["verification"]["perplexity_adapter"], rel=0.01)
-    assert not Path(tiny_config.checkpoint_dir, "x").exists() and not list(Path(tiny_config.checkpoint_dir).glob("*/checkpoint-*"))
+    assert manifest["verification"]["perplexity_merged"] == pytest.approx(
+        manifest["verification"]["perplexity_adapter"], rel=0.01
+    )
+    assert not Path(tiny_config.checkpoint_dir, "x").exists() and not list(
+        Path(tiny_config.checkpoint_dir).glob("*/checkpoint-*")
+    )
     first = (reports / "predictions.jsonl").read_text()
     for stage in ("evaluate", "dashboard", "merge"):
         assert arciva.run_main(lambda stage=stage: local.run([*arguments, "--stages", stage])) == 0
@@ -68,7 +81,9 @@ def test_a_wrong_flag_shows_its_name(capsys):
 
 
 def test_help_explains_every_setting():
-    done = subprocess.run([sys.executable, "train_arciva_assistant_local.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "train_arciva_assistant_local.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0
     assert all(f"--{name}" in done.stdout for name in asdict(arciva.Config()))
     assert "SUPPRESS" not in done.stdout and done.stderr == ""

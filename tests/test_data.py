@@ -81,7 +81,9 @@ def test_near_duplicates_equal_the_brute_force():
     texts = [" ".join(rng.choices(words, k=6)) for _ in range(150)]
     texts += [t + rng.choice(["", "s", "?", " now"]) for t in texts[:60]]
     sets = [arciva.shingles(t) for t in texts]
-    expected = {(i, j) for i, j in itertools.combinations(range(len(texts)), 2) if arciva.jaccard(sets[i], sets[j]) >= 0.8}
+    expected = {
+        (i, j) for i, j in itertools.combinations(range(len(texts)), 2) if arciva.jaccard(sets[i], sets[j]) >= 0.8
+    }
     assert len(expected) > 30
     assert set(arciva.near_duplicates(texts)) == expected
 
@@ -133,9 +135,16 @@ def test_the_order_of_rows_changes_nothing(corpus):
 
 def test_an_added_row_moves_no_other(corpus):
     before = sides_by_id(corpus)[0]
-    rows = [{"instruction": f"Entirely new question {i} {'zyx' * i}", "response": f"new {i}", "fact_ids": [f"zz-new-{i}"]} for i in range(40)]
-    rows += [{"instruction": f"Quite another wording {e.id}", "response": "x", "fact_ids": e.fact_ids} for e in corpus[:40]]
-    rows += [{"instruction": e.question + "!", "response": "near copy", "fact_ids": e.fact_ids} for e in corpus[100:140]]
+    rows = [
+        {"instruction": f"Entirely new question {i} {'zyx' * i}", "response": f"new {i}", "fact_ids": [f"zz-new-{i}"]}
+        for i in range(40)
+    ]
+    rows += [
+        {"instruction": f"Quite another wording {e.id}", "response": "x", "fact_ids": e.fact_ids} for e in corpus[:40]
+    ]
+    rows += [
+        {"instruction": e.question + "!", "response": "near copy", "fact_ids": e.fact_ids} for e in corpus[100:140]
+    ]
     added = [arciva.example_from_row(arciva.Row(**row)) for row in rows]
     after = sides_by_id([*corpus, *added])[0]
     # A near copy of a held-out wording may be set aside; no row ever changes its side.

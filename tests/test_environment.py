@@ -33,7 +33,9 @@ def test_importing_only_defines():
 
 def test_scripts_define_no_training_scoring_or_merging():
     source = ast.parse((ROOT / "train_arciva_assistant_local.py").read_text())
-    imported = {alias.name.split(".")[0] for node in ast.walk(source) if isinstance(node, ast.Import) for alias in node.names}
+    imported = {
+        alias.name.split(".")[0] for node in ast.walk(source) if isinstance(node, ast.Import) for alias in node.names
+    }
     imported |= {node.module.split(".")[0] for node in ast.walk(source) if isinstance(node, ast.ImportFrom)}
     assert not imported & {"torch", "peft", "bitsandbytes", "safetensors", "sacrebleu"}
     assert len((ROOT / "train_arciva_assistant_local.py").read_text().splitlines()) <= 80

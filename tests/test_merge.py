@@ -18,18 +18,32 @@ from transformers import AutoModelForCausalLM
 import arciva_assistant_poc as arciva
 
 
-def make_run(folder: Path, tokenizer, *, architecture="llama", tied=True, rslora=False, max_shard_size="50GB", dtype=torch.float32) -> arciva.Config:
+def make_run(
+    folder: Path,
+    tokenizer,
+    *,
+    architecture="llama",
+    tied=True,
+    rslora=False,
+    max_shard_size="50GB",
+    dtype=torch.float32,
+) -> arciva.Config:
     """A base and an adapter on disk as training leaves them, the adapter with random weights."""
     model = make_model(architecture, vocabulary=len(tokenizer), tied=tied).to(dtype)
     model.save_pretrained(folder / "base", max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder / "base")
-    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", use_rslora=rslora, task_type="CAUSAL_LM"))
+    adapted = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", use_rslora=rslora, task_type="CAUSAL_LM")
+    )
     torch.manual_seed(5)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     config = arciva.Config(
-        base_model=str(folder / "base"), output_dir=str(folder / "adapter"), merged_dir=str(folder / "merged"), merge_base="original"
+        base_model=str(folder / "base"),
+        output_dir=str(folder / "adapter"),
+        merged_dir=str(folder / "merged"),
+        merge_base="original",
     )
     adapted.save_pretrained(config.output_dir)
     tokenizer.save_pretrained(config.output_dir)
@@ -91,7 +105,15 @@ def test_the_default_merge_adds_to_what_the_adapter_was_trained_beside(tmp_path,
         arciva.merge_adapter(replace(config, merge_base=base))
         merged, tokenizer = arciva.load_merged_model(config, cpu)
         prompts = ["How do I export?", "Wie groß?"]
-        distances[base] = (arciva.prompt_logits(live, tokenizer, prompts, cpu) - arciva.prompt_logits(merged, tokenizer, prompts, cpu)).abs().max().item()
+        distances[base] = (
+            (
+                arciva.prompt_logits(live, tokenizer, prompts, cpu)
+                - arciva.prompt_logits(merged, tokenizer, prompts, cpu)
+            )
+            .abs()
+            .max()
+            .item()
+        )
     # fp16 rounds each weight by at most 2^-11 of its size; logits here are of order 10.
     assert distances["dequantized"] < 0.05 < distances["original"]
 
@@ -99,7 +121,9 @@ def test_the_default_merge_adds_to_what_the_adapter_was_trained_beside(tmp_path,
 def test_the_round_trip_is_what_a_four_bit_layer_computes_with():
     torch.manual_seed(0)
     weight = torch.randn(96, 64)
-    layer = bnb.nn.Linear4bit(64, 96, bias=False, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=True)
+    layer = bnb.nn.Linear4bit(
+        64, 96, bias=False, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=True
+    )
     layer.load_state_dict({"weight": weight})
     layer = layer.to("cpu")
     layer.support_avx512bf16_for_cpu = False

@@ -13,7 +13,13 @@ from torch.nn import functional as F
 
 import arciva_assistant_poc as arciva
 
-PROMPTS = ["a?", "Wie exportiere ich meine Fotos am besten?", "How do I export?", "Where is the panel and how large is it?", "b"]
+PROMPTS = [
+    "a?",
+    "Wie exportiere ich meine Fotos am besten?",
+    "How do I export?",
+    "Where is the panel and how large is it?",
+    "b",
+]
 
 
 def answers(model, tokenizer, cpu, batch_size, limit=24):
@@ -39,7 +45,12 @@ def test_greedy_answers_equal_those_of_generate(stopping_model, chatml, cpu):
     for prompt, answer in zip(PROMPTS, answers(stopping_model, chatml, cpu, 5), strict=True):
         ids = torch.tensor([arciva.encode_prompt(chatml, prompt)])
         expected = stopping_model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, eos_token_id=chatml.eos_token_id, pad_token_id=0
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=chatml.eos_token_id,
+            pad_token_id=0,
         )[0, ids.shape[1] :]
         assert answer.text == chatml.decode(expected, skip_special_tokens=True).strip()
         assert answer.cut == (chatml.eos_token_id not in expected.tolist())
@@ -114,7 +125,9 @@ def test_the_report_compares_base_and_tuned_on_the_same_questions():
     report = arciva.build_report(frame(), arciva.Config())
     assert set(report["groups"]) == {"test/rephrased", "test/unseen"}
     exact = report["groups"]["test/unseen"]["exact_match"]
-    assert exact["tuned"]["value"] == 0.5 and exact["base"]["value"] == 0.0  # of 0, 2, 4, … every other one is a multiple of four
+    assert (
+        exact["tuned"]["value"] == 0.5 and exact["base"]["value"] == 0.0
+    )  # of 0, 2, 4, … every other one is a multiple of four
     assert exact["paired"]["won"] == 0.5 and exact["paired"]["tied"] == 0.5 and exact["paired"]["lost"] == 0.0
     perplexity = report["groups"]["test/rephrased"]["perplexity"]
     assert perplexity["paired"]["won"] == 1.0 and perplexity["paired"]["p_value"] < 0.01
@@ -151,8 +164,13 @@ def test_best_and_worst_are_ordered_by_the_metric():
     rated = arciva.rate_generations(frame())
     picked = arciva.best_and_worst(rated, "tuned_rouge_l", count=3)
     for _, group in picked.groupby(["split", "novelty"]):
-        assert group[group["rank"] == "best"]["tuned_rouge_l"].min() >= group[group["rank"] == "worst"]["tuned_rouge_l"].max()
-    worst_perplexity = arciva.best_and_worst(rated, "tuned_perplexity", count=1).query("rank == 'worst'")["tuned_perplexity"]
+        assert (
+            group[group["rank"] == "best"]["tuned_rouge_l"].min()
+            >= group[group["rank"] == "worst"]["tuned_rouge_l"].max()
+        )
+    worst_perplexity = arciva.best_and_worst(rated, "tuned_perplexity", count=1).query("rank == 'worst'")[
+        "tuned_perplexity"
+    ]
     assert worst_perplexity.max() == rated["tuned_perplexity"].max()
     assert sacrebleu.__version__ in arciva.build_report(frame(), arciva.Config())["signatures"]["bleu"]
 

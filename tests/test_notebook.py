@@ -37,7 +37,9 @@ def test_the_script_is_the_notebook():
 
 
 def test_the_eight_sections_stand_in_order(notebook):
-    headings = [h for c in notebook.cells if c.cell_type == "markdown" for h in re.findall(r"(?m)^## \d\. (.+)$", c.source)]
+    headings = [
+        h for c in notebook.cells if c.cell_type == "markdown" for h in re.findall(r"(?m)^## \d\. (.+)$", c.source)
+    ]
     assert headings == SECTIONS
 
 
@@ -78,5 +80,9 @@ def test_it_runs_top_to_bottom_twice_in_a_row(notebook, tmp_path):
         assert not [o for c in run.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "error"]
         figures = [o for c in run.cells if c.cell_type == "code" for o in c.outputs if "image/png" in o.get("data", {})]
         assert figures, "the loss curve is missing"
-    for made in ("model_output/adapter_model.safetensors", "final_merged_model/model.safetensors", "reports/metrics.json"):
+    for made in (
+        "model_output/adapter_model.safetensors",
+        "final_merged_model/model.safetensors",
+        "reports/metrics.json",
+    ):
         assert (tmp_path / made).is_file()

@@ -17,7 +17,12 @@ from torch.nn import functional as F
 
 import arciva_assistant_poc as arciva
 
-TEXTS = [("How do I export?", "Press Start export."), ("Wie groß?", 'Click "Größe".'), ("a", "b"), ("Name?", "Any name you like, really.")]
+TEXTS = [
+    ("How do I export?", "Press Start export."),
+    ("Wie groß?", 'Click "Größe".'),
+    ("a", "b"),
+    ("Name?", "Any name you like, really."),
+]
 
 
 def encoded_pairs(tokenizer) -> list[arciva.Encoded]:
@@ -38,7 +43,10 @@ def test_a_packed_row_gives_the_logits_of_its_pairs_alone(architecture, training
     assert batch["input_ids"].shape[0] == 1
     packed = forward(model, batch)
     for i, item in enumerate(items):
-        alone = forward(model, {"input_ids": torch.tensor([item.input_ids]), "position_ids": torch.arange(len(item.input_ids))[None]})
+        alone = forward(
+            model,
+            {"input_ids": torch.tensor([item.input_ids]), "position_ids": torch.arange(len(item.input_ids))[None]},
+        )
         # fp32 sums in another order: 1e-4 against logits of order 1; a leak between pairs shows as more than 1e-1.
         assert (packed[batch["segments"] == i] - alone[0]).abs().max() < 1e-4
 
@@ -62,7 +70,9 @@ def test_the_leak_that_packing_avoids_is_real(chatml):
     batch = arciva.collate_packed(encoded_pairs(chatml), 10_000, chatml.pad_token_id)
     mask = torch.ones_like(batch["input_ids"])
     with torch.no_grad():
-        leaking = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask, use_cache=False).logits
+        leaking = model(
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask, use_cache=False
+        ).logits
     assert (leaking - forward(model, batch)).abs().max() > 0.1
 
 
@@ -145,10 +155,16 @@ def test_gradients_before_and_after_an_evaluation_are_equal(tiny_base, cpu, chat
 def test_the_estimate_cuts_a_step_that_does_not_fit():
     config = arciva.Config(pairs_per_step=16)
     shape = arciva.AutoConfig.for_model(
-        "qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, vocab_size=152064, num_attention_heads=28
+        "qwen2",
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        vocab_size=152064,
+        num_attention_heads=28,
     )
     plans = [
-        arciva.plan_memory(shape, config, 0.5, free, pair_tokens=100, answer_share=0.5, element=2) for free in (70.0, 16.0, 8.0, 3.0)
+        arciva.plan_memory(shape, config, 0.5, free, pair_tokens=100, answer_share=0.5, element=2)
+        for free in (70.0, 16.0, 8.0, 3.0)
     ]
     assert plans[0].micro_batch_pairs == 16 and not plans[0].gradient_checkpointing
     assert all(16 % p.micro_batch_pairs == 0 for p in plans)

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 if "--check" in sys.argv:  # TEMPORARY light import
+
     class arciva:
         normalise = staticmethod(lambda t: " ".join(re.findall(r"\w+", t.casefold())))
         near_duplicates = staticmethod(lambda q: [])
@@ -49,12 +50,89 @@ Language = Literal["en", "de"]
 QUOTED = re.compile(r'"([^"\n]+)"')
 # What makes a first sentence a denial; an answer about an absent feature opens with one.
 DENIAL = {
-    "en": re.compile(r"\b(no|not|none|cannot|can't|never|without|isn't|doesn't|nothing|neither|only|nowhere|lacks?)\b", re.I),
+    "en": re.compile(
+        r"\b(no|not|none|cannot|can't|never|without|isn't|doesn't|nothing|neither|only|nowhere|lacks?)\b", re.I
+    ),
     "de": re.compile(r"\b(nein|nicht|nichts|kein\w*|nie|niemals|ohne|weder|nur|nirgends|fehlt)\b", re.I),
 }
 FUNCTION_WORDS = {
-    "en": set(["the", "a", "an", "is", "are", "you", "your", "of", "to", "in", "it", "and", "that", "this", "with", "for", "does", "has", "have", "can", "there", "from", "on", "by", "be", "as", "at", "if", "not", "its"]),
-    "de": set(["der", "die", "das", "ein", "eine", "einen", "einem", "einer", "ist", "sind", "du", "deine", "deinen", "dein", "und", "nicht", "mit", "für", "im", "in", "den", "dem", "des", "kann", "es", "gibt", "auf", "von", "zu", "zum", "zur", "wird", "werden", "bei", "oder", "nur", "sie", "auch", "aus"]),
+    "en": set(
+        [
+            "the",
+            "a",
+            "an",
+            "is",
+            "are",
+            "you",
+            "your",
+            "of",
+            "to",
+            "in",
+            "it",
+            "and",
+            "that",
+            "this",
+            "with",
+            "for",
+            "does",
+            "has",
+            "have",
+            "can",
+            "there",
+            "from",
+            "on",
+            "by",
+            "be",
+            "as",
+            "at",
+            "if",
+            "not",
+            "its",
+        ]
+    ),
+    "de": set(
+        [
+            "der",
+            "die",
+            "das",
+            "ein",
+            "eine",
+            "einen",
+            "einem",
+            "einer",
+            "ist",
+            "sind",
+            "du",
+            "deine",
+            "deinen",
+            "dein",
+            "und",
+            "nicht",
+            "mit",
+            "für",
+            "im",
+            "in",
+            "den",
+            "dem",
+            "des",
+            "kann",
+            "es",
+            "gibt",
+            "auf",
+            "von",
+            "zu",
+            "zum",
+            "zur",
+            "wird",
+            "werden",
+            "bei",
+            "oder",
+            "nur",
+            "sie",
+            "auch",
+            "aus",
+        ]
+    ),
 }
 
 
@@ -169,7 +247,8 @@ def load_overrides(path: Path | None = None) -> tuple[dict[str, Override], list[
             override = Override.model_validate_json(line)
         except ValidationError as error:
             problems += [
-                f"{path.name}: line {number}: {'.'.join(map(str, d['loc'])) or 'override'}: {d['msg']}" for d in error.errors()
+                f"{path.name}: line {number}: {'.'.join(map(str, d['loc'])) or 'override'}: {d['msg']}"
+                for d in error.errors()
             ]
             continue
         if override.id in overrides:
@@ -224,7 +303,9 @@ def lint_entry(entry: Entry, facts: dict[str, dict], labels: str) -> list[str]:
     for language in ("en", "de"):
         questions, forms = entry.questions.get(language, []), entry.answers.get(language, {})
         if len(questions) < MIN_QUESTIONS[entry.common][language]:
-            found.append(f"{language}: {len(questions)} questions, expected {MIN_QUESTIONS[entry.common][language]} or more")
+            found.append(
+                f"{language}: {len(questions)} questions, expected {MIN_QUESTIONS[entry.common][language]} or more"
+            )
         if not forms or (entry.common and not {"full", "short"} <= set(forms)):
             found.append(f"{language}: answers {sorted(forms)}, expected full and short")
         asked = {style for mapping in questions for style in mapping}
@@ -266,7 +347,9 @@ def lint_overrides(entries: list[Entry], overrides: dict[str, Override], labels:
             continue
         entry, row = authored[override.id]
         if override.replaces not in (None, revision(row["instruction"], row["response"])):
-            found.append(f"overrides: {override.id}: the knowledge has changed since the review; review again or remove the line")
+            found.append(
+                f"overrides: {override.id}: the knowledge has changed since the review; review again or remove the line"
+            )
         if override.answer is not None:
             form = entry.form(row["language"], row["style"])
             reasons = lint_answer(entry, row["language"], form, override.answer, labels)
@@ -366,7 +449,9 @@ def build(entries: list[Entry], overrides: dict[str, Override] | None = None) ->
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", nargs="*", metavar="FILE", type=Path, help="report every problem of these files, or of all")
+    parser.add_argument(
+        "--check", nargs="*", metavar="FILE", type=Path, help="report every problem of these files, or of all"
+    )
     parser.add_argument("--verify", action="store_true", help="fail unless the data files equal a fresh build")
     args = parser.parse_args()
     entries, problems = load_entries(args.check or knowledge_files())
@@ -377,7 +462,9 @@ def main() -> int:
     problems += broken + lint(entries, load_facts(), overrides)
     rows = apply_overrides((row for entry in entries for row in entry.rows()), overrides)
     absent = sum(e.kind == "not-available" for e in entries)
-    print(f"{len(entries)} entries ({absent} not available), {len(rows)} questions {dict(Counter(r['language'] for r in rows))}")
+    print(
+        f"{len(entries)} entries ({absent} not available), {len(rows)} questions {dict(Counter(r['language'] for r in rows))}"
+    )
     if rows:
         print(f"{near_duplicate_share(rows):.2%} of the questions nearly repeat another one of their entry")
     if problems:
@@ -388,7 +475,10 @@ def main() -> int:
         return 0
     for path, text in build(entries, overrides).items():
         if args.verify and not (path.exists() and path.read_text(encoding="utf-8") == text):
-            print(f"{path.relative_to(ROOT)} is not what the knowledge builds; run python tools/build_corpus.py", file=sys.stderr)
+            print(
+                f"{path.relative_to(ROOT)} is not what the knowledge builds; run python tools/build_corpus.py",
+                file=sys.stderr,
+            )
             return 1
         if not args.verify:
             arciva.write_atomic(path, text)

@@ -101,7 +101,10 @@ def build_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
     tokenizer.decoder = decoders.ByteLevel()
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocabulary,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     # The template's own words get whole tokens; the model never reads them.
     template_words = ["system\n", "user\n", "assistant\n", arciva.SYSTEM_PROMPT] * 200
@@ -146,7 +149,9 @@ def train(
 ) -> None:
     """Next-token training on packed documents; each document is its own segment, as in fine-tuning."""
     rng, hardware = random.Random(SEED), arciva.detect_hardware()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True
+    )
     pool: list[arciva.Encoded] = []
     started, tokens = time.perf_counter(), 0
     model.train()
@@ -170,7 +175,10 @@ def train(
         tokens += load
         if step % 50 == 0 or step == steps:
             seconds = time.perf_counter() - started
-            print(f"step {step:5,} of {steps:,}  loss {loss.item():.3f}  {tokens / seconds:,.0f} tokens/s  {seconds:.0f} s", flush=True)
+            print(
+                f"step {step:5,} of {steps:,}  loss {loss.item():.3f}  {tokens / seconds:,.0f} tokens/s  {seconds:.0f} s",
+                flush=True,
+            )
 
 
 def main() -> int:

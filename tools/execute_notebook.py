@@ -29,7 +29,11 @@ def code_hash(notebook: nbformat.NotebookNode) -> str:
 def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
     """Run all cells in a fresh kernel whose working directory is `folder`."""
     NotebookClient(
-        notebook, timeout=1800, kernel_name="python3", record_timing=False, resources={"metadata": {"path": str(folder)}}
+        notebook,
+        timeout=1800,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(folder)}},
     ).execute()
 
 
