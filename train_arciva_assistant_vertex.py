@@ -363,7 +363,8 @@ def mirror_callback(checkpoints: Place, logs: Place | None, log_folder: Path, ke
             folder, newest = Path(args.output_dir), f"checkpoint-{state.global_step}"
             best = Path(state.best_model_checkpoint or newest).name
             for name in dict.fromkeys((best, newest)):  # the best first: the newest refers to it
-                upload_folder(folder / name, checkpoints.at(folder.name, name))
+                if name == newest or not uploaded(checkpoints.at(folder.name, name)):
+                    upload_folder(folder / name, checkpoints.at(folder.name, name))
             print(f"checkpoint of step {state.global_step:,} is in {checkpoints.at(folder.name)}", flush=True)
             if keep:
                 prune_checkpoints(checkpoints.at(folder.name), best, keep)
@@ -404,15 +405,17 @@ def data_sources(flag: str | None, env: Mapping[str, str]) -> list[str]:
 
 def expand(source: str) -> list[tuple[Place, str]]:
     """The files behind an address: one file, a pattern with *, or every JSONL file of a folder."""
-    parent, _, name = source.rstrip("/").rpartition("/")
-    place = place_of(parent or ("/" if source.startswith("/") else "."))
     whole = place_of(source)
-    if "*" in parent or (isinstance(whole, Bucket) and not whole.prefix and "*" in source):
+    parent, _, name = source.rstrip("/").rpartition("/")
+    if isinstance(whole, Bucket) and not whole.prefix:
+        parent, name = source, ""
+    place = place_of(parent or ("/" if source.startswith("/") else "."))
+    if "*" in parent:
         raise JobError(f"{source!r}: * is understood in the last part of an address only")
     if "*" in name:
         found = [(place, n) for n in sorted(place.files()) if "/" not in n and fnmatch(n, name)]
-    elif not source.endswith("/") and not (isinstance(whole, Bucket) and not whole.prefix) and place.find(name):
-        return [(place, name)]
+    elif name and not source.endswith("/") and place.find(name):
+        found = [(place, name)]
     else:
         found = [(whole, n) for n in sorted(whole.files()) if n.endswith(".jsonl")]
     if not found:

@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from arciva_assistant_poc import render_page, script_json
 
 TEMPLATE = (Path(__file__).resolve().parent.parent / "tools" / "dashboard_template.html").read_text(encoding="utf-8")

@@ -279,6 +279,7 @@ def test_data_may_be_files_folders_patterns_and_local_paths(bucket, tmp_path):
     assert read("gs://training/data/one.jsonl") == ids[:3]
     assert read("/gcs/training/data/one.jsonl", str(tmp_path / "two.jsonl")) == ids[:6]
     assert read("gs://training/data/") == read("gs://training/data") == read("gs://training/data/*.jsonl") == ids[:6]
+    assert read("gs://training") == read("gs://training/") == ids[:6]
     assert vertex.fetch_data(["https://example.org/a.jsonl"], tmp_path) == "https://example.org/a.jsonl"
     for nothing in (
         "gs://training/nothing",
