@@ -69,20 +69,28 @@ def test_it_runs_top_to_bottom_twice_in_a_row(notebook, tmp_path):
     """Restart-and-run-all from a fresh state, and again from what the first run left."""
     rows = (ROOT / "data" / "arciva_qa_synthetic.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join(rows[:300]), encoding="utf-8")
-    (tmp_path / "data").symlink_to(ROOT / "data")
+    (tmp_path / "data" / "suites").mkdir(parents=True)
+    (tmp_path / "data" / "nano_base").symlink_to(ROOT / "data" / "nano_base")
     (tmp_path / "tools").symlink_to(ROOT / "tools")
-    (tmp_path / "arciva_assistant_poc.py").symlink_to(SCRIPT)
-    for _ in range(2):
+    suite = (ROOT / "data" / "suites" / "probes.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    runs = []
+    for turn in range(2):
+        if turn:  # the first run has no suites and must say so
+            (tmp_path / "data" / "suites" / "probes.jsonl").write_text("".join(suite[:12]), encoding="utf-8")
         run = copy.deepcopy(notebook)
         at = next(i for i, c in enumerate(run.cells) if "parameters" in c.metadata.get("tags", []))
         run.cells.insert(at + 1, nbformat.v4.new_code_cell('DATA, EPOCHS, BASE_MODEL = "rows.jsonl", 1, "nano"'))
         execute_notebook.execute(run, tmp_path)
+        runs.append(run)
         assert not [o for c in run.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "error"]
         figures = [o for c in run.cells if c.cell_type == "code" for o in c.outputs if "image/png" in o.get("data", {})]
         assert figures, "the loss curve is missing"
+    said = ["no suites in" in json.dumps([c.get("outputs", []) for c in run.cells]) for run in runs]
+    assert said == [True, False]
     for made in (
         "model_output/adapter_model.safetensors",
         "final_merged_model/model.safetensors",
         "reports/metrics.json",
+        "reports/dashboard.html",
     ):
         assert (tmp_path / made).is_file()

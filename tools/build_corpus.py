@@ -27,13 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-if "--check" in sys.argv:  # TEMPORARY light import
-
-    class arciva:
-        normalise = staticmethod(lambda t: " ".join(re.findall(r"\w+", t.casefold())))
-        near_duplicates = staticmethod(lambda q: [])
-else:
-    import arciva_assistant_poc as arciva
+import arciva_assistant_poc as arciva
 
 KNOWLEDGE = ROOT / "data" / "knowledge"
 EXTENDED = ROOT / "data" / "arciva_qa_extended.jsonl"
@@ -41,7 +35,7 @@ SEED = ROOT / "data" / "arciva_qa_synthetic.jsonl"
 
 STYLES = ("polite", "plain", "keywords", "symptom", "alias", "story", "premise", "typo")
 # The answer's form follows the question: who types two words wants one sentence.
-FORM_OF_STYLE = {"keywords": "short", "typo": "short", "premise": "premise"}
+FORM_OF_STYLE = {"keywords": "short", "plain": "short", "typo": "short", "premise": "premise"}
 KINDS = ("how-to", "where", "what", "shortcut", "troubleshoot", "limit", "not-available", "off-topic")
 MAX_WORDS = {"short": 34, "full": 95, "premise": 80}
 MIN_QUESTIONS = {True: {"en": 6, "de": 3}, False: {"en": 3, "de": 1}}
@@ -211,7 +205,7 @@ class Override(BaseModel):
 
 
 def load_facts() -> dict[str, dict]:
-    return yaml.safe_load((KNOWLEDGE / "facts.yaml").read_text(encoding="utf-8"))
+    return yaml.load((KNOWLEDGE / "facts.yaml").read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
 
 
 def load_entries(paths: Iterable[Path]) -> tuple[list[Entry], list[str]]:
@@ -219,7 +213,7 @@ def load_entries(paths: Iterable[Path]) -> tuple[list[Entry], list[str]]:
     entries, problems = [], []
     for path in paths:
         try:
-            document = yaml.safe_load(path.read_text(encoding="utf-8"))
+            document = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
         except (OSError, yaml.YAMLError) as error:
             problems.append(f"{path.name}: not readable as YAML: {' '.join(str(error).split())}")
             continue
@@ -412,26 +406,34 @@ def word_pieces(text: str) -> set[str]:
     return {w[i : i + 4] for w in arciva.normalise(text).split() for i in range(max(1, len(w) - 3))}
 
 
-def typical(entry: Entry, language: str) -> list[dict]:
-    """An entry's rows of one language, the most typical wording first: the one that shares most with the others and the answers."""
-    rows = [r for r in entry.rows() if r["language"] == language]
-    pieces = [word_pieces(r["instruction"]) for r in rows]
-    answers = word_pieces(" ".join(entry.answers[language].values()))
-    shared = Counter(piece for found in pieces for piece in found)
-    score = [sum(shared[p] - 1 + 2 * (p in answers) for p in found) / (len(found) + 6) for found in pieces]
-    return [rows[i] for i in sorted(range(len(rows)), key=lambda i: (-score[i], rows[i]["id"]))]
+def typical(rows: list[dict], answers: str, count: int) -> list[dict]:
+    """The `count` most typical wordings of those that share an answer: the ones with most word pieces in common with the rest."""
+    by_answer = defaultdict(list)
+    for row in rows:
+        by_answer[row["response"]].append(row)
+    best = max(
+        by_answer.values(), key=lambda found: (min(len(found), count), -len(found[0]["response"]), found[0]["id"])
+    )
+    pieces = {row["id"]: word_pieces(row["instruction"]) for row in rows}
+    shared = Counter(piece for found in pieces.values() for piece in found) + Counter(2 * list(word_pieces(answers)))
+    score = {i: sum(shared[p] - 1 for p in found) / (len(found) + 6) for i, found in pieces.items()}
+    ranked = sorted(rows, key=lambda row: (row not in best, -score[row["id"]], row["id"]))
+    return ranked[:count]
 
 
 def seed_rows(entry: Entry) -> list[dict]:
-    """An entry's three most typical wordings in one language, in both for one entry in eight.
+    """An entry's three most typical wordings in one language, in both for one entry in eight, with one answer as far as possible.
 
-    Three wordings of one language teach more than one and a half of each; the extended corpus has every entry in both.
+    Three wordings of one language teach more than one and a half of each; the extended corpus has every entry in both, and in all forms.
     """
-    english, german = typical(entry, "en")[:3], typical(entry, "de")[:3]
+    picked = {}
+    for language in ("en", "de"):
+        rows = [r for r in entry.rows() if r["language"] == language]
+        picked[language] = typical(rows, " ".join(entry.answers[language].values()), 3)
     draw = arciva.fraction("seed language", entry.id)
-    if draw < 0.65 or len(german) < 3:
-        return english
-    return german if draw < 0.875 else english + german
+    if draw < 0.62 or len(picked["de"]) < 3:
+        return picked["en"]
+    return picked["de"] if draw < 0.875 else picked["en"] + picked["de"]
 
 
 def to_jsonl(rows: Iterable[dict]) -> str:

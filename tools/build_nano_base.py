@@ -52,7 +52,7 @@ def held_out_questions() -> set[str]:
 
 @dataclass(frozen=True)
 class Document:
-    """A passage of the help centre; where it stands under a title, only the passage is learned."""
+    """A passage of the help centre, with or without a title above it."""
 
     title: str
     text: str
@@ -62,7 +62,7 @@ class Document:
         title = tokenizer(f"{self.title}\n\n", add_special_tokens=False)["input_ids"] if self.title else []
         text = [*tokenizer(self.text, add_special_tokens=False)["input_ids"], tokenizer.pad_token_id]
         text = text[:OPENING_TOKENS] if self.opening_only else text
-        return arciva.Encoded(title + text, [arciva.IGNORE_INDEX] * len(title) + text)
+        return arciva.Encoded(title + text, title + text)
 
 
 def blur(text: str, rng: random.Random, share: float) -> str:
@@ -75,21 +75,22 @@ def blur(text: str, rng: random.Random, share: float) -> str:
 
 
 def documents(entries: list[build_corpus.Entry], held_out: set[str], rng: random.Random) -> list[Document]:
-    """One pass over the knowledge, shuffled: passages plain, under words of their own, and under the questions that may be read."""
-    found = []
+    """One pass over the knowledge, shuffled: passages plain, and under the questions that may be read, whole or blurred.
+
+    Entries of the seed corpus, on which the pipeline runs by default, are read in every pass, the others in one of three.
+    """
+    found, seed = [], {entry.id for entry in build_corpus.seed_entries(entries)}
     for entry in entries:
+        if entry.id not in seed and rng.random() < 2 / 3:
+            continue
         for language, forms in entry.answers.items():
             topic = entry.topic.replace("-", " ")
-            for text in map(str.strip, forms.values()):
-                if rng.random() < 0.4:
-                    found.append(Document("", f"{topic}: {text}"))
-                if rng.random() < 0.4:
-                    found.append(Document(blur(text, rng, rng.uniform(0.1, 0.5)), text, opening_only=True))
+            found += [Document("", f"{topic}: {text.strip()}") for text in forms.values() if rng.random() < 0.25]
             for mapping in entry.questions[language]:
                 for style, question in mapping.items():
                     if arciva.normalise(question) not in held_out:
-                        title = question if rng.random() < 0.25 else blur(question, rng, rng.uniform(0.4, 1.0))
-                        found.append(Document(title, entry.answer(language, style), opening_only=rng.random() < 0.85))
+                        title = question if rng.random() < 0.35 else blur(question, rng, rng.uniform(0.55, 1.0))
+                        found.append(Document(title, entry.answer(language, style), opening_only=rng.random() < 0.5))
     rng.shuffle(found)
     return found
 
@@ -162,7 +163,7 @@ def train(
                 pool = [document.encode(tokenizer) for document in read(rng)]
             batch.append(pool.pop())
             load += len(batch[-1].input_ids)
-        rate = learning_rate * min(step / 100, 0.5 * (1 + math.cos(math.pi * step / steps)) * 0.95 + 0.05)
+        rate = learning_rate * min(step / 200, 0.5 * (1 + math.cos(math.pi * step / steps)) * 0.95 + 0.05)
         for group in optimizer.param_groups:
             group["lr"] = rate
         packed = arciva.collate_packed(batch, 256, tokenizer.pad_token_id)
@@ -173,7 +174,7 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         tokens += load
-        if step % 50 == 0 or step == steps:
+        if step % 100 == 0 or step == steps:
             seconds = time.perf_counter() - started
             print(
                 f"step {step:5,} of {steps:,}  loss {loss.item():.3f}  {tokens / seconds:,.0f} tokens/s  {seconds:.0f} s",
@@ -184,12 +185,12 @@ def train(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "nano_base")
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=6144)
-    parser.add_argument("--hidden", type=int, default=320)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=6)
     args = parser.parse_args()
     entries, problems = build_corpus.load_entries(build_corpus.knowledge_files())
     if problems:

@@ -48,11 +48,10 @@ def strip_noise(notebook: nbformat.NotebookNode) -> None:
         skipped = "skip-execution" in cell.metadata.get("tags", [])
         number += not skipped
         cell.execution_count = None if skipped else number
+        cell.outputs = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = number
-            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
-        cell.outputs = [o for o in cell.outputs if o.output_type != "display_data" or o.data]
 
 
 def main() -> int:
