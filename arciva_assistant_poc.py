@@ -65,6 +65,7 @@
 
 # %%
 import contextlib
+import gc
 import hashlib
 import html
 import importlib.metadata
@@ -124,6 +125,10 @@ REPOSITORY = Path(globals().get("__file__", "notebook")).resolve().parent
 
 class ArcivaError(Exception):
     """What a user can put right: the message names the thing, what was expected and what to do."""
+
+    def _render_traceback_(self) -> list[str]:
+        """IPython's hook: in a notebook the sentence alone, a traceback is for bugs."""
+        return [f"error: {self}"]
 
 
 class Interrupted(Exception):
@@ -1231,7 +1236,7 @@ def answer_loss(model, batch: dict[str, torch.Tensor], supervised: int | torch.T
 
 @torch.no_grad()
 def score_losses(
-    model, encoded: Sequence[Encoded], hardware: Hardware, *, row_tokens: int, pad_id: int, batch_tokens: int = 8192
+    model, encoded: Sequence[Encoded], hardware: Hardware, *, row_tokens: int, pad_id: int, batch_tokens: int = 4096
 ) -> np.ndarray:
     """(n, 2): summed negative log-likelihood in nats and number of supervised tokens of each pair, in the given order."""
     was_training = model.training
@@ -2936,13 +2941,23 @@ def compare_models(live: dict, merged: dict) -> dict:
 
 
 def load_merged_model(config: Config, hardware: Hardware):
-    """(model, tokenizer) of the merged folder with plain transformers; fp16 on a GPU, computed in fp32 on a CPU."""
+    """(model, tokenizer) of the merged folder with plain transformers; computed in fp32 on a CPU.
+
+    On a GPU in fp16, and what does not fit there (15 GB of a 7B model on a T4) is offloaded.
+    """
     dtype = torch.float16 if hardware.device == "cuda" else torch.float32
-    device_map = {"": 0 if hardware.device == "cuda" else "cpu"}
+    device_map = "auto" if hardware.device == "cuda" else {"": "cpu"}
     model = AutoModelForCausalLM.from_pretrained(
         config.merged_dir, dtype=dtype, device_map=device_map, use_safetensors=True
     )
     return model.eval(), load_tokenizer(config.merged_dir)
+
+
+def release_memory() -> None:
+    """Hand back what deleted models held on the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def verification_rows(splits: datasets.DatasetDict, config: Config, count: int = 60) -> list[dict]:
@@ -3017,6 +3032,8 @@ def write_model_card(config: Config, report: dict | None) -> None:
 # %% tags=["active-ipynb"]
 # rows = verification_rows(splits, config)
 # live = measure_model(model, tokenizer, rows, config, hardware)
+# del model  # a GPU that held it in 4 bits may not hold both
+# release_memory()
 # merged_model, merged_tokenizer = load_merged_model(config, hardware)
 # verification = compare_models(live, measure_model(merged_model, merged_tokenizer, rows, config, hardware))
 # pd.Series(verification, name="merged against live adapter").to_frame()
@@ -3097,6 +3114,7 @@ def run_pipeline(
         rows = verification_rows(splits, config)
         live = measure_model(model, tokenizer, rows, config, hardware)
         del model
+        release_memory()
         written["merged model"] = merge_adapter(config)
         merged = measure_model(*load_merged_model(config, hardware), rows, config, hardware)
         record_verification(config, compare_models(live, merged), load_report(config.reports_dir, missing_ok=True))
