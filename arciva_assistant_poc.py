@@ -2519,7 +2519,17 @@ def HTML_table(frame: pd.DataFrame):
 
 # %%
 NOSCRIPT_ROWS, NOSCRIPT_TEXT = 300, 200
-SHOWN = ("id", "split", "novelty", "language", "question", "reference", "base_answer", "tuned_answer", "tuned_rouge_l")
+PAGE_COLUMNS = (
+    "id",
+    "split",
+    "novelty",
+    "language",
+    "question",
+    "reference",
+    "base_answer",
+    "tuned_answer",
+    "tuned_rouge_l",
+)
 
 
 def plain(value):
@@ -2558,7 +2568,7 @@ def render_page(data: dict, template: str) -> str:
     rows, columns = data["rows"], ["group", "questions", "metric", "base", "tuned"]
     summary = [[*(x[c] for c in columns[:3]), x["base"]["value"], x["tuned"]["value"]] for x in data["summary"]]
     caption = f"The first {min(len(rows), NOSCRIPT_ROWS)} of {len(rows)} answers, shortened; scripts are off."
-    answers = html_table(caption, SHOWN, [[r.get(c) for c in SHOWN] for r in rows[:NOSCRIPT_ROWS]])
+    answers = html_table(caption, PAGE_COLUMNS, [[r.get(c) for c in PAGE_COLUMNS] for r in rows[:NOSCRIPT_ROWS]])
     parts = {"TITLE": html.escape(data["title"]), "TABLE": html_table("Summary", columns, summary) + answers}
     # One pass, so that a placeholder within the data stays text.
     pattern = r"<!--ARCIVA_(TITLE|TABLE)-->|/\*ARCIVA_DATA\*/"

@@ -870,7 +870,11 @@ def prepare_data(options: argparse.Namespace, arguments: list[str]) -> list[str]
     _, settings = parse_job(arguments)
     arciva.check_config(arciva.Config(**settings))
     base = settings.get("base_model", "")
-    if Path(base).is_dir() and not Path(base).resolve().is_relative_to(Path(__file__).resolve().parent / "data"):
+    if (
+        base
+        and Path(base).is_dir()
+        and not Path(base).resolve().is_relative_to(Path(__file__).resolve().parent / "data")
+    ):
         raise JobError(f"base model {base} lies on this machine; copy it to the bucket and give its gs:// address")
     sources = data_sources(settings.get("data"), named_values(options.env, "--env"))
     with tempfile.TemporaryDirectory() as folder:
@@ -976,7 +980,8 @@ def submit_main(arguments: Sequence[str]) -> int:
         options.base_output_dir = (
             options.base_output_dir or f"{options.staging_bucket.rstrip('/')}/{options.display_name}"
         )
-        build_job_spec(options, job_arguments)  # cheap mistakes first, before the data is read
+        named_values(options.label, "--label")  # cheap mistakes first, before the data is read
+        build_job_spec(options, job_arguments)
         spec = build_job_spec(options, check_job(options, job_arguments))
         if options.dry_run:
             print(as_yaml(spec, options), end="")
