@@ -25,7 +25,7 @@ ENTRIES = {
             "fact_ids": ["export-start"],
             "must": ["Start export"],
             "questions": {
-                "en": [{"polite": "How do I export?"}, {"plain": "Which button exports?"}, {"keywords": "export how"}],
+                "en": [{"polite": "How do I export?"}, {"alias": "Which button exports?"}, {"keywords": "export how"}],
                 "de": [{"plain": "Wie exportiere ich die Größe?"}],
             },
             "answers": {

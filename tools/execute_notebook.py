@@ -48,7 +48,12 @@ def strip_noise(notebook: nbformat.NotebookNode) -> None:
         skipped = "skip-execution" in cell.metadata.get("tags", [])
         number += not skipped
         cell.execution_count = None if skipped else number
-        cell.outputs = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
+        # Widgets need a live kernel; what libraries write to stderr (bars, deprecations) names this machine's folders.
+        cell.outputs = [
+            o
+            for o in cell.outputs
+            if "application/vnd.jupyter.widget-view+json" not in o.get("data", {}) and o.get("name") != "stderr"
+        ]
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = number
