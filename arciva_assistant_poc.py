@@ -117,6 +117,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_utils import rotate_checkpoints
 
 IGNORE_INDEX = -100
 # Where the repository's files lie when this runs as a module; a notebook runs in its own folder.
@@ -280,9 +281,10 @@ def choose_dtype(device: str, capability: tuple[int, int], *, cpu_bf16: bool = F
 
 
 def detect_hardware() -> Hardware:
-    """The first GPU if torch sees one, else the CPU."""
+    """This process's GPU (the first, where there is one process) if torch sees any, else the CPU."""
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         dtype, reason = choose_dtype("cuda", (properties.major, properties.minor))
         return Hardware("cuda", properties.name, properties.total_memory / 2**30, dtype, reason)
     dtype, reason = choose_dtype("cpu", (0, 0), cpu_bf16=cpu_multiplies_bf16())
@@ -361,9 +363,11 @@ def check_config(config: Config) -> None:
         raise ArcivaError(f"resume is {config.resume!r}, expected 'auto' or 'never'")
     if config.merge_base not in ("dequantized", "original"):
         raise ArcivaError(f"merge_base is {config.merge_base!r}, expected 'dequantized' or 'original'")
-    if config.micro_batch_pairs and config.pairs_per_step % config.micro_batch_pairs:
+    processes = process_rank()[1]
+    if config.pairs_per_step % ((config.micro_batch_pairs or 1) * processes):
         raise ArcivaError(
-            f"pairs_per_step ({config.pairs_per_step}) must be a multiple of micro_batch_pairs ({config.micro_batch_pairs})"
+            f"pairs_per_step ({config.pairs_per_step}) must be a multiple of micro_batch_pairs ({config.micro_batch_pairs or 'any'})"
+            f" times the number of processes ({processes})"
         )
 
 
@@ -399,6 +403,11 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def process_rank() -> tuple[int, int]:
+    """(rank, number) of the processes that torchrun or accelerate started for this run; (0, 1) for a single one."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -1088,7 +1097,7 @@ def load_base_model(config: Config, hardware: Hardware, *, quantize: bool = True
             quantization_config=quantization if quantize else None,
             dtype=hardware.load_dtype,
             attn_implementation="sdpa",
-            device_map={"": 0 if hardware.device == "cuda" else "cpu"},
+            device_map={"": torch.cuda.current_device() if hardware.device == "cuda" else "cpu"},
             use_safetensors=True,
             trust_remote_code=False,
         )
@@ -1321,7 +1330,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """The largest micro-batch that fits in `free_gib` less a tenth; checkpointing only where a step does not fit without."""
     budget = (0.9 * free_gib - weights_gib) * 2**30
-    divisors = [n for n in range(config.pairs_per_step, 0, -1) if config.pairs_per_step % n == 0]
+    share = config.pairs_per_step // process_rank()[1]
+    divisors = [n for n in range(share, 0, -1) if share % n == 0]
     wanted = [config.micro_batch_pairs] if config.micro_batch_pairs else divisors
     plans = []
     for checkpointing in (False, True):
@@ -1338,6 +1348,24 @@ def plan_memory(
         if fitting
         else plans[-1]
     )
+
+
+def smaller_plan(plan: MemoryPlan, config: Config) -> MemoryPlan:
+    """The next plan after an out-of-memory error: checkpointing first, then half the micro-batch."""
+    if not plan.gradient_checkpointing:
+        return replace(plan, gradient_checkpointing=True)
+    smaller = [n for n in range(1, plan.micro_batch_pairs // 2 + 1) if plan.micro_batch_pairs % n == 0]
+    if not smaller:
+        raise ArcivaError(
+            f"the GPU ran out of memory with a single pair of up to {config.max_length} tokens; lower max_length or the base model"
+        )
+    return replace(plan, micro_batch_pairs=smaller[-1])
+
+
+def plan_of_checkpoint(checkpoint: Path, plan: MemoryPlan) -> MemoryPlan:
+    """`plan` with the cut that the checkpoint's run used: another order of summation would change the last bits."""
+    cut = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["micro_batch"]
+    return replace(plan, micro_batch_pairs=cut["pairs"], gradient_checkpointing=cut["checkpointing"])
 
 
 def free_memory_gib(hardware: Hardware) -> float:
@@ -1379,6 +1407,9 @@ def plan_for(model, encoded: Sequence[Encoded], config: Config, hardware: Hardwa
 
 
 # %%
+COMPLETE = "COMPLETE"  # written last and by rename: a checkpoint without it was cut short and is never resumed from
+
+
 class AnswerTrainer(Trainer):
     """`Trainer` with packed answer-only loss and a held-out loss for each novelty."""
 
@@ -1391,7 +1422,9 @@ class AnswerTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = answer_loss(model, inputs, num_items_in_batch)
+        # Not by the Trainer's bf16 flag: that wraps the model's forward for good, and evaluation would stay in 16 bits.
+        with self.hardware.autocast():
+            loss = answer_loss(model, inputs, num_items_in_batch)
         # The count is global while gradients are averaged over processes: undo the average.
         return loss * self.accelerator.num_processes
 
@@ -1406,17 +1439,35 @@ class AnswerTrainer(Trainer):
         return metrics
 
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        # The marker comes last and by rename: a checkpoint without it was cut short and is never resumed from.
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        write_atomic(folder / "COMPLETE", json.dumps(package_versions()))
+        # Older checkpoints may go only once this one is whole, on every process, and says so.
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = keep
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            plan = {"pairs": self.args.per_device_train_batch_size, "checkpointing": self.args.gradient_checkpointing}
+            write_atomic(folder / COMPLETE, json.dumps({"versions": package_versions(), "micro_batch": plan}))
+            rotate_checkpoints(self.args.output_dir, keep, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _load_best_model(self):
+        best = Path(self.state.best_model_checkpoint)
+        if not (best / COMPLETE).exists():
+            raise ArcivaError(f"the best checkpoint {best} is gone, expected it until training ends; train again")
+        super()._load_best_model()
+
+
+def step_number(checkpoint: Path | None) -> int:
+    """Optimiser step of a `checkpoint-<step>` folder, 0 for none."""
+    return int(checkpoint.name.split("-")[1]) if checkpoint else 0
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The latest checkpoint that was written to its end; incomplete ones are named and passed over."""
-    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
-    for checkpoint in found:
-        if (checkpoint / "COMPLETE").exists():
+    for checkpoint in sorted(Path(folder).glob("checkpoint-*"), key=step_number, reverse=True):
+        if (checkpoint / COMPLETE).exists():
             return checkpoint
         print(f"{checkpoint} is incomplete, a save was cut short there; an earlier one is used")
     return None
@@ -1502,6 +1553,10 @@ class StopOnSignal(TrainerCallback):
         self.received = True
 
     def on_step_end(self, args, state, control, **kwargs):
+        if torch.distributed.is_initialized():  # the signal reaches each process at a step of its own; all stop at one
+            anyone = torch.tensor(self.received, dtype=torch.int32, device=args.device)
+            torch.distributed.all_reduce(anyone, torch.distributed.ReduceOp.MAX)
+            self.received = bool(anyone)
         if self.received:
             control.should_save = control.should_training_stop = True
 
@@ -1546,11 +1601,13 @@ def training_arguments(
 ) -> TrainingArguments:
     """Our settings in the Trainer's words."""
     steps_per_epoch = math.ceil(pairs / config.pairs_per_step)
-    every = max(1, steps_per_epoch // config.evaluations_per_epoch)
+    _, processes = process_rank()
+    steps = math.ceil(steps_per_epoch * config.epochs)
+    every = max(1, min(steps, steps_per_epoch // config.evaluations_per_epoch))
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=plan.micro_batch_pairs,
-        gradient_accumulation_steps=config.pairs_per_step // plan.micro_batch_pairs,
+        gradient_accumulation_steps=config.pairs_per_step // processes // plan.micro_batch_pairs,
         num_train_epochs=config.epochs,
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
@@ -1570,8 +1627,9 @@ def training_arguments(
         greater_is_better=False,
         gradient_checkpointing=plan.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        bf16=hardware.dtype == torch.bfloat16,
-        fp16=hardware.dtype == torch.float16,
+        fp16=hardware.dtype == torch.float16,  # for its loss scaling
+        restore_callback_states_from_checkpoint=True,  # early stopping goes on counting where it was
+        ddp_find_unused_parameters=False,
         use_cpu=hardware.device == "cpu",
         dataloader_pin_memory=hardware.device == "cuda",
         remove_unused_columns=False,
@@ -1617,32 +1675,55 @@ def train_adapter(
         )
     if not train_encoded:
         raise ArcivaError(f"every training row exceeds {config.max_length} tokens; raise max_length")
+    rank, processes = process_rank()
     plan = plan_for(model, train_encoded, config, hardware)
     folder = Path(config.checkpoint_dir) / run_fingerprint(config, train_encoded)
-    checkpoint = newest_checkpoint(folder) if config.resume == "auto" else None
+    if config.resume == "never" and rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
     live, stop = LossHistory(live=running_in_notebook()), StopOnSignal()
-    trainer = AnswerTrainer(
-        model=model,
-        args=training_arguments(config, hardware, plan, folder, len(train_encoded), bars=not live.live),
-        train_dataset=train_encoded,
-        eval_dataset=splits["validation"],
-        data_collator=lambda batch: collate_packed(batch, config.row_tokens, tokenizer.pad_token_id),
-        callbacks=[live, EarlyStoppingCallback(config.patience), stop, *callbacks],
-        held_out=encode_held_out(tokenizer, splits["validation"], config.max_length),
-        hardware=hardware,
-        row_tokens=config.row_tokens,
-        pad_id=tokenizer.pad_token_id,
-    )
-    if live.live:
-        trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
-    started, resumed_from = time.perf_counter(), int(checkpoint.name.split("-")[1]) if checkpoint else 0
-    if checkpoint:
-        print(f"going on from step {resumed_from:,} of an interrupted run ({checkpoint})")
-    with stop:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    untrained = {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+    held_out = encode_held_out(tokenizer, splits["validation"], config.max_length)
+    started, resumed_from = time.perf_counter(), step_number(newest_checkpoint(folder))
+    while True:
+        checkpoint = newest_checkpoint(folder)
+        if checkpoint:
+            print(f"going on from step {step_number(checkpoint):,} of an interrupted run ({checkpoint})")
+            plan = plan_of_checkpoint(checkpoint, plan)
+        trainer = AnswerTrainer(
+            model=model,
+            args=training_arguments(config, hardware, plan, folder, len(train_encoded), bars=not live.live),
+            train_dataset=train_encoded,
+            eval_dataset=splits["validation"],
+            data_collator=lambda batch: collate_packed(batch, config.row_tokens, tokenizer.pad_token_id),
+            callbacks=[live, EarlyStoppingCallback(config.patience), stop, *callbacks],
+            held_out=held_out,
+            hardware=hardware,
+            row_tokens=config.row_tokens,
+            pad_id=tokenizer.pad_token_id,
+        )
+        if live.live:
+            trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+        try:
+            with stop:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            break
+        except torch.OutOfMemoryError:
+            if processes > 1:  # the others wait for this one's gradients
+                raise
+        # Outside the except block, whose traceback would keep the failed step's tensors alive.
+        plan = smaller_plan(plan, config)
+        print(f"out of memory: going on with {plan}")
+        model.load_state_dict(untrained, strict=False)
+        model.zero_grad()
+        del trainer
+        release_memory()
     if stop.received and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
             f"stopped by SIGTERM at step {trainer.state.global_step:,} of {trainer.state.max_steps:,}; the same command goes on from there"
+        )
+    if trainer.state.best_model_checkpoint is None:
+        raise ArcivaError(
+            f"the best checkpoint of this run is gone from {folder}, expected it until training ends; train again"
         )
     seconds, state = time.perf_counter() - started, trainer.state
     tokens = (
@@ -1651,9 +1732,9 @@ def train_adapter(
         * config.pairs_per_step
         / len(train_encoded)
     )
-    shutil.rmtree(
-        folder, ignore_errors=True
-    )  # the best adapter is in the model; what is left would only be resumed by mistake
+    trainer.accelerator.wait_for_everyone()
+    if rank == 0:  # the best adapter is in every process's model; what is left would only be resumed by mistake
+        shutil.rmtree(folder, ignore_errors=True)
     return TrainingResult(
         live.history,
         state.best_global_step or state.global_step,
@@ -3088,7 +3169,12 @@ STAGES = ("train", "evaluate", "dashboard", "merge")
 def run_pipeline(
     config: Config, stages: Sequence[str] = STAGES, *, callbacks: Sequence[TrainerCallback] = ()
 ) -> dict[str, Path]:
-    """Run the stages in order; returns what was written where. Stages that are left out are read from disk."""
+    """Run the stages in order; returns what was written where. Stages that are left out are read from disk.
+
+    Of several processes all train, and the first alone writes and goes on with the other stages.
+    """
+    if process_rank()[0] > 0 and "train" not in stages:
+        return {}
     hardware, written, model = detect_hardware(), {}, None
     seed_everything(config.seed)
     if {"train", "evaluate", "merge"} & set(stages):
@@ -3098,6 +3184,8 @@ def run_pipeline(
         tokenizer = load_tokenizer(config.base_model, config.revision)
         model = add_adapter(load_base_model(config, hardware), config)
         training = train_adapter(model, tokenizer, splits, config, hardware, callbacks=callbacks)
+        if process_rank()[0] > 0:
+            return {}  # gradients were shared; one process judges, shows and merges
         written["adapter"] = save_adapter(model, tokenizer, training, splits, config)
         write_loss(training.history, config.reports_dir)
     if "evaluate" in stages or "merge" in stages:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import ARCHITECTURES, ROOT, make_model, pair
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -172,13 +173,13 @@ def test_the_estimate_cuts_a_step_that_does_not_fit():
     assert plans[-1].gradient_checkpointing
 
 
-def train(config, hardware, **settings) -> tuple[arciva.TrainingResult, dict[str, torch.Tensor]]:
+def train(config, hardware, callbacks=(), **settings) -> tuple[arciva.TrainingResult, dict[str, torch.Tensor]]:
     config = replace(config, **settings)
     arciva.seed_everything(config.seed)
     tokenizer = arciva.load_tokenizer(config.base_model)
     splits, _ = arciva.split_examples(arciva.load_examples(config.data)[0], config.seed)
     model = arciva.add_adapter(arciva.load_base_model(config, hardware), config)
-    result = arciva.train_adapter(model, tokenizer, splits, config, hardware)
+    result = arciva.train_adapter(model, tokenizer, splits, config, hardware, callbacks=callbacks)
     return result, {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
 
 
@@ -213,6 +214,17 @@ sys.exit(arciva.run_main(lambda: arciva.run_pipeline(config, ["train"], callback
 """
 
 
+TWO_PROCESSES = """
+import json, sys, torch
+sys.path[:0] = [{root!r}]
+import arciva_assistant_poc as arciva
+
+config = arciva.Config(**json.loads({config!r}))
+arciva.detect_hardware = lambda: arciva.Hardware("cpu", "test", 8.0, torch.float32, "")
+sys.exit(arciva.run_main(lambda: arciva.run_pipeline(config, ["train"])))
+"""
+
+
 @pytest.mark.parametrize(("how", "step", "code"), [(signal.SIGKILL, 7, -signal.SIGKILL), (signal.SIGTERM, 6, 143)])
 def test_a_killed_and_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tiny_config, cpu, how, step, code):
     config = replace(tiny_config, epochs=2)
@@ -236,6 +248,85 @@ def test_a_checkpoint_without_its_marker_is_passed_over(tmp_path, capsys):
     assert arciva.newest_checkpoint(tmp_path).name == "checkpoint-10"
     assert "incomplete" in capsys.readouterr().out
     assert arciva.newest_checkpoint(tmp_path / "nothing") is None
+
+
+def test_a_resumed_run_cuts_its_steps_as_the_interrupted_one_did(tmp_path):
+    plan = arciva.MemoryPlan(16, False, 0.1, 0.1, 8.0)
+    cut = {"versions": {}, "micro_batch": {"pairs": 4, "checkpointing": True}}
+    (tmp_path / "COMPLETE").write_text(json.dumps(cut))
+    resumed = arciva.plan_of_checkpoint(tmp_path, plan)
+    assert (resumed.micro_batch_pairs, resumed.gradient_checkpointing) == (4, True)
+
+
+class Watch(arciva.TrainerCallback):
+    """What lies on disk at the moment a checkpoint is announced."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_save(self, args, state, control, **kwargs):
+        self.seen.append({p.name: (p / "COMPLETE").exists() for p in Path(args.output_dir).glob("checkpoint-*")})
+
+
+def test_older_checkpoints_go_only_when_the_new_one_is_whole(tiny_config, cpu, monkeypatch):
+    rotated = []
+
+    def rotate(folder, *args, **kwargs):
+        rotated.append(arciva.newest_checkpoint(Path(folder)).name)
+        transformers.trainer_utils.rotate_checkpoints(folder, *args, **kwargs)
+
+    monkeypatch.setattr(arciva, "rotate_checkpoints", rotate)
+    watch = Watch()
+    train(tiny_config, cpu, epochs=3, callbacks=[watch])
+    assert len(rotated) == len(watch.seen) > 3
+    assert all(
+        newest in seen and all(seen.values()) and len(seen) <= 3
+        for newest, seen in zip(rotated, watch.seen, strict=True)
+    )
+
+
+def test_running_out_of_memory_makes_smaller_passes_and_ends_with_the_same_weights(
+    tiny_config, cpu, monkeypatch, capsys
+):
+    settings = {"epochs": 1, "dropout": 0.0, "micro_batch_pairs": 8}
+    _, expected = train(tiny_config, cpu, **settings)
+    whole, calls = arciva.answer_loss, []
+
+    def too_large(model, batch, supervised):
+        calls.append(int(batch["segments"].max()) + 1)
+        if len(calls) > 3 and calls[-1] > 4:  # two steps have moved the weights by then
+            raise torch.OutOfMemoryError
+        return whole(model, batch, supervised)
+
+    monkeypatch.setattr(arciva, "answer_loss", too_large)
+    result, weights = train(tiny_config, cpu, **settings)
+    assert result.plan.micro_batch_pairs == 4 and result.plan.gradient_checkpointing
+    assert capsys.readouterr().out.count("out of memory") == 2
+    # As for any other micro-batch: rounding of 1e-7, divided by a small gradient, moves a weight by a share of the rate.
+    assert max((expected[n] - weights[n]).abs().max().item() for n in expected) < 1e-3
+
+
+def test_a_step_that_cannot_shrink_further_is_one_sentence(tiny_config):
+    with pytest.raises(arciva.ArcivaError, match="single pair"):
+        arciva.smaller_plan(arciva.MemoryPlan(1, True, 0.1, 0.1, 8.0), tiny_config)
+
+
+def test_two_processes_end_with_the_held_out_loss_of_one(tiny_config, cpu):
+    # A last step of fewer pairs would repeat some to keep the processes in pace, so the rows are made to divide.
+    splits, _ = arciva.split_examples(arciva.load_examples(tiny_config.data)[0], tiny_config.seed)
+    surplus = set(splits["train"]["id"][: len(splits["train"]) % 8])
+    rows = [line for line in Path(tiny_config.data).read_text().splitlines() if json.loads(line)["id"] not in surplus]
+    Path(tiny_config.data).write_text("\n".join(rows))
+    config = replace(tiny_config, epochs=2, dropout=0.0, pairs_per_step=8, micro_batch_pairs=4)
+    alone, _ = train(config, cpu, checkpoint_dir=tiny_config.checkpoint_dir + "-alone")
+    script = Path(tiny_config.output_dir).with_name("two.py")
+    script.write_text(TWO_PROCESSES.format(root=str(ROOT), config=json.dumps(asdict(config))))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 0, ended.stderr
+    together = arciva.read_manifest(config.output_dir)["training"]
+    assert together["steps"] == alone.steps and together["best_step"] == alone.best_step
+    assert together["best_loss"] == pytest.approx(alone.best_loss, abs=1e-4)
 
 
 def test_the_saved_adapter_is_the_trained_one_and_knows_its_base(tiny_config, cpu, tmp_path, chatml):
