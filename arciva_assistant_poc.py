@@ -181,6 +181,16 @@ class Config:
     max_new_tokens: int = knob(256, "length limit of a generated answer, in tokens")
     generation_batch: int = knob(64, "answers generated at the same time")
     max_eval_rows: int = knob(600, "rows per held-out side that are answered in full")
+    # acceptance: where one of these fails, nothing is merged and the run ends with an error
+    min_bleu: float | None = knob(None, "smallest BLEU of the tuned model on rephrased test questions, 0 to 100")
+    min_rouge_l: float | None = knob(None, "smallest ROUGE-L there, 0 to 1")
+    min_exact_match: float | None = knob(None, "smallest share of exact answers there, 0 to 1")
+    min_won: float | None = knob(
+        None, "smallest share of them with a better ROUGE-L than the base's, a tie counts half"
+    )
+    min_checklists: float | None = knob(None, "smallest share of passed checklist items, 0 to 1")
+    min_balanced_accuracy: float | None = knob(None, "smallest balanced accuracy on hallucination probes, 0 to 1")
+    compare_to: str | None = knob(None, "reports folder of an accepted model that this one must not fall behind")
     # merge
     merge_base: str = knob(
         "dequantized", "weights that receive the adapter: dequantized (what was trained beside) or original"
@@ -1586,9 +1596,13 @@ def run_fingerprint(config: Config, encoded: Sequence[Encoded]) -> str:
         "max_eval_rows",
         "merge_base",
         "log_every",
+        "data",
+        "compare_to",
     }
     settings = {
-        k: v for k, v in asdict(config).items() if k not in irrelevant and not k.endswith("_dir") and k != "data"
+        k: v
+        for k, v in asdict(config).items()
+        if k not in irrelevant and not k.endswith("_dir") and not k.startswith("min_")
     }
     digest = hashlib.sha256(json.dumps([settings, package_versions()], sort_keys=True).encode())
     for item in encoded:
@@ -2482,6 +2496,78 @@ def load_suite_results(reports_dir: str) -> dict[str, pd.DataFrame] | None:
 # suite_matrix(suites["tuned"]).style.format("{:.0%}", na_rep="") if suites else "no suites"
 
 # %% [markdown]
+# ### Whether it ships
+#
+# Thresholds turn the figures into a decision. None is set by default; a team sets its own, and names the reports of the model it
+# has accepted last. The comparison is paired on the questions that both have answered, and a metric counts as worse only where
+# chance explains the difference in fewer than one of twenty resamplings.
+
+
+# %%
+def paired_with(accepted_dir: str, config: Config) -> tuple[pd.DataFrame, list[MetricSpec]]:
+    """Rephrased test questions that both models answered, with the accepted one as `base`, and the metrics that compare them."""
+    folder = Path(accepted_dir)
+    folder = folder.parent if folder.is_file() else folder
+    accepted, own = load_predictions(str(folder)), load_predictions(config.reports_dir)
+    own = own.query("split == 'test' and novelty == 'rephrased'").drop(columns=["base_answer", "base_cut", "base_nll"])
+    columns = {f"tuned_{part}": f"base_{part}" for part in ("answer", "cut", "nll")}
+    theirs = accepted[["question", "reference", "answer_tokens", *columns]].rename(columns=columns)
+    frame = own.merge(theirs, on=["question", "reference"], suffixes=("", "_accepted"))
+    if len(frame) < 20:
+        raise ArcivaError(
+            f"{accepted_dir} shares {len(frame)} rephrased test questions with this run, expected 20 or more; name reports on the same data and seed"
+        )
+    same_tokens = bool((frame["answer_tokens"] == frame["answer_tokens_accepted"]).all())
+    comparable = [s for s in METRICS if s.better != "neither" and (s.name != "perplexity" or same_tokens)]
+    return frame, comparable
+
+
+def shortfalls(config: Config) -> list[str]:
+    """Why the evaluated model must not ship, one sentence each; an empty list accepts it."""
+    asked = {k: v for k, v in asdict(config).items() if k.startswith("min_") and v is not None}
+    if not asked and not config.compare_to:
+        return []
+    scores = load_report(config.reports_dir)["groups"]["test/rephrased"]
+    reached = {f"min_{name}": scores[name]["tuned"]["value"] for name in ("bleu", "rouge_l", "exact_match")}
+    reached["min_won"] = scores["rouge_l"]["paired"]["won"] + scores["rouge_l"]["paired"]["tied"] / 2
+    if {"min_checklists", "min_balanced_accuracy"} & set(asked):
+        suites = load_suite_results(config.reports_dir)
+        if suites is None:
+            raise ArcivaError(
+                f"no suite results in {config.reports_dir}, expected them for the thresholds on suites; evaluate with data/suites"
+            )
+        tuned = suites["tuned"]
+        reached["min_checklists"] = float(tuned[tuned["suite"] == "checklists"]["passed"].mean())
+        reached["min_balanced_accuracy"] = hallucination_summary(tuned)["balanced_accuracy"]
+    found = [
+        f"{k.removeprefix('min_')} is {reached[k]:.3g}, below {v:g}" for k, v in asked.items() if not reached[k] >= v
+    ]
+    if config.compare_to:
+        frame, comparable = paired_with(config.compare_to, config)
+        weights = resampling_weights(len(frame), 1000, config.seed)
+        for spec in comparable:
+            result = compare(frame, spec, weights)
+            then, now, chance = result["base"]["value"], result["tuned"]["value"], result["paired"]["p_value"]
+            if (now < then if spec.better == "higher" else now > then) and chance < 0.05:
+                found.append(
+                    f"{spec.name} went from {then:.3g} to {now:.3g} (p {chance:.3f}) against {config.compare_to}"
+                )
+    return found
+
+
+def refuse_shortfalls(config: Config) -> None:
+    """End the run with one sentence where a threshold is missed."""
+    if found := shortfalls(config):
+        raise ArcivaError(
+            f"not accepted: {'; '.join(found)}; see {config.reports_dir}, then train longer, or on more, or lower the threshold"
+        )
+
+
+# %% tags=["active-ipynb"]
+# refuse_shortfalls(config)
+# print("accepted by every threshold" if config.compare_to or config.min_rouge_l else "no threshold is set")
+
+# %% [markdown]
 # ## 7. Interactive Dashboard
 #
 # Figures say how good the model is; the worst answers say why. Scoring and showing are kept apart: `rate_generations` adds a score
@@ -3208,6 +3294,8 @@ def run_pipeline(
         written["dashboard"] = next(
             p for n in ("dashboard.html", "dashboard.csv") if (p := Path(config.reports_dir) / n).is_file()
         )
+    if {"evaluate", "merge"} & set(stages):
+        refuse_shortfalls(config)
     if "merge" in stages:
         rows = verification_rows(splits, config)
         live = measure_model(model, tokenizer, rows, config, hardware)

@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+import typing
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from conftest import ROOT
 
@@ -25,7 +27,8 @@ def flags(config: arciva.Config) -> list[str]:
 
 def test_every_setting_is_a_flag_and_only_given_ones_count():
     for f in fields(arciva.Config):
-        value = {"int": "7", "float": "0.5", "bool": "true"}.get(getattr(f.type, "__name__", ""), "x")
+        kind = next(iter(typing.get_args(f.type)), f.type)  # float of float | None
+        value = {int: "7", float: "0.5", bool: "true"}.get(kind, "x")
         assert set(vars(local.parse_arguments([f"--{f.name}", value]))) == {f.name, "stages"}
     assert set(vars(local.parse_arguments([]))) == {"stages"}
 
@@ -53,10 +56,7 @@ def test_the_stages_run_together_and_one_by_one_from_disk(tiny_config, capsys):
     first = arciva.load_predictions(tiny_config.reports_dir)
     for stage in ("evaluate", "dashboard", "merge"):
         assert arciva.run_main(lambda stage=stage: local.run([*arguments, "--stages", stage])) == 0
-    # Straight after training the model still computes under the trainer's bf16 autocast, read from disk in fp32.
-    again = arciva.load_predictions(tiny_config.reports_dir)
-    assert again["id"].tolist() == first["id"].tolist()
-    assert again["tuned_nll"].tolist() == pytest.approx(first["tuned_nll"].tolist(), rel=0.02)
+    pd.testing.assert_frame_equal(arciva.load_predictions(tiny_config.reports_dir), first)
 
 
 @pytest.mark.parametrize(
@@ -91,3 +91,11 @@ def test_help_explains_every_setting():
     assert done.returncode == 0
     assert all(f"--{name}" in done.stdout for name in asdict(arciva.Config()))
     assert "SUPPRESS" not in done.stdout and done.stderr == ""
+
+
+def test_a_missed_threshold_ends_the_run_before_the_merge(tiny_config, capsys):
+    assert arciva.run_main(lambda: local.run([*flags(tiny_config), "--min-rouge-l", "0.99"])) == 2
+    assert "not accepted: rouge_l is 0" in capsys.readouterr().err
+    assert Path(tiny_config.reports_dir, "dashboard.html").exists() and not Path(tiny_config.merged_dir).exists()
+    accepted = [*flags(tiny_config), "--stages", "merge", "--min-rouge-l", "0"]
+    assert arciva.run_main(lambda: local.run(accepted)) == 0

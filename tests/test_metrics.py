@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -149,6 +150,50 @@ def test_the_bootstrap_interval_of_a_mean_agrees_with_the_normal_approximation()
     tuned = arciva.compare(data, spec, arciva.resampling_weights(400, 2000, 1))["tuned"]
     # sqrt(0.25 / 400) = 0.025, so 0.5 ± 0.049; 2,000 resamples place a bound within about 0.004.
     assert tuned["low"] == pytest.approx(0.451, abs=0.008) and tuned["high"] == pytest.approx(0.549, abs=0.008)
+
+
+def saved(folder: Path, predictions: pd.DataFrame, **settings) -> arciva.Config:
+    """A configuration whose reports hold the evaluation of `predictions`."""
+    config = arciva.Config(reports_dir=str(folder), **settings)
+    arciva.save_predictions(predictions, arciva.build_report(predictions, config), config.reports_dir)
+    return config
+
+
+def weakened(predictions: pd.DataFrame) -> pd.DataFrame:
+    """The same evaluation by a model that forgets the second half of every answer."""
+    return predictions.assign(
+        tuned_answer=[a[: len(a) // 2] for a in predictions["tuned_answer"]], tuned_nll=predictions["tuned_nll"] * 1.5
+    )
+
+
+def test_thresholds_accept_and_refuse(tmp_path):
+    config = saved(tmp_path, frame())
+    reached = arciva.load_report(str(tmp_path))["groups"]["test/rephrased"]
+    assert arciva.shortfalls(config) == []
+    for name in ("bleu", "rouge_l", "exact_match"):
+        value = reached[name]["tuned"]["value"]
+        assert arciva.shortfalls(replace(config, **{f"min_{name}": value})) == []
+        (sentence,) = arciva.shortfalls(replace(config, **{f"min_{name}": value + 0.01}))
+        assert sentence.startswith(f"{name} is ")
+    swapped = frame().rename(
+        columns=lambda c: c.replace("base_", "x_").replace("tuned_", "base_").replace("x_", "tuned_")
+    )
+    worse = saved(tmp_path / "swapped", swapped, min_won=0.5)
+    assert arciva.shortfalls(replace(config, min_won=0.5)) == [] and "won is" in arciva.shortfalls(worse)[0]
+    with pytest.raises(arciva.ArcivaError, match="no suite results"):
+        arciva.shortfalls(replace(config, min_checklists=0.5))
+
+
+def test_falling_behind_an_accepted_model_is_refused_and_chance_is_not(tmp_path):
+    accepted = saved(tmp_path / "accepted", frame())
+    same = saved(tmp_path / "same", frame(), compare_to=accepted.reports_dir)
+    worse = saved(tmp_path / "worse", weakened(frame()), compare_to=str(tmp_path / "accepted" / "metrics.json"))
+    assert arciva.shortfalls(same) == []
+    assert {s.split()[0] for s in arciva.shortfalls(worse)} >= {"perplexity", "bits_per_byte", "bleu", "rouge_l"}
+    assert arciva.shortfalls(replace(accepted, compare_to=worse.reports_dir)) == []
+    few = saved(tmp_path / "few", frame().head(10))
+    with pytest.raises(arciva.ArcivaError, match="expected 20 or more"):
+        arciva.shortfalls(replace(same, compare_to=few.reports_dir))
 
 
 def test_predictions_survive_the_disk(tmp_path):
