@@ -2432,22 +2432,17 @@ def knowledge_vocabulary(examples: Sequence[Example], folder: str = "data/knowle
     return labels + "\n".join(e.messages[-1]["content"] for e in examples)
 
 
+def answerer(model, tokenizer, config: Config, hardware: Hardware) -> Callable[[list[str]], list[str]]:
+    """The model as a function from prompts to answers."""
+    limits = {"max_new_tokens": config.max_new_tokens, "batch_size": config.generation_batch}
+    return lambda prompts: [a.text for a in generate_answers(model, tokenizer, prompts, hardware, **limits)]
+
+
 def run_suites(
     model, tokenizer, items: Sequence[SuiteItem], vocabulary: str, config: Config, hardware: Hardware
 ) -> dict[str, pd.DataFrame]:
     """Results of base and tuned on the same items."""
-
-    def answer(prompts: list[str]) -> list[str]:
-        found = generate_answers(
-            model,
-            tokenizer,
-            prompts,
-            hardware,
-            max_new_tokens=config.max_new_tokens,
-            batch_size=config.generation_batch,
-        )
-        return [a.text for a in found]
-
+    answer = answerer(model, tokenizer, config, hardware)
     results = {"tuned": run_suite(items, answer, vocabulary)}
     with untuned(model):
         results["base"] = run_suite(items, answer, vocabulary)
@@ -3124,9 +3119,14 @@ def load_merged_model(config: Config, hardware: Hardware):
     """
     dtype = torch.float16 if hardware.device == "cuda" else torch.float32
     device_map = "auto" if hardware.device == "cuda" else {"": "cpu"}
-    model = AutoModelForCausalLM.from_pretrained(
-        config.merged_dir, dtype=dtype, device_map=device_map, use_safetensors=True
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.merged_dir, dtype=dtype, device_map=device_map, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise ArcivaError(
+            f"no model in {config.merged_dir!r}: expected a folder with config.json and safetensors; merge first, or give its path"
+        ) from error
     return model.eval(), load_tokenizer(config.merged_dir)
 
 

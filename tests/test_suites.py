@@ -1,9 +1,17 @@
 """Section 6: suites that cannot be vacuous. Run: pytest tests/test_suites.py"""
 
+import json
+import math
 import re
+import threading
 from collections import Counter, defaultdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import export_lm_eval
+import lm_eval
+import numpy as np
 import pytest
+import run_suites
 from conftest import ROOT
 
 import arciva_assistant_poc as arciva
@@ -117,3 +125,89 @@ def test_directional_items_ask_for_what_they_check(items):
     for item in items:
         by_type[item.type].append(item)
     assert all(i.answer_language or i.steps is not None for i in by_type["directional"])
+
+
+@pytest.fixture
+def server(items):
+    """A chat-completions server that knows the gold answers, and wants a key."""
+    gold, asked = {item.prompt: item.gold for item in items}, []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(body)
+            known = self.headers["Authorization"] == "Bearer secret" and self.path == "/v1/chat/completions"
+            text = gold[body["messages"][-1]["content"]] if known else ""
+            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+            reply = {"id": "1", "created": 0, "model": body["model"], "object": "chat.completion", "choices": [choice]}
+            data = json.dumps(
+                reply | {"usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}
+            ).encode()
+            self.send_response(200 if known else 401)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    served = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=served.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{served.server_port}/v1", asked
+    served.shutdown()
+
+
+def test_a_served_model_is_scored_like_any_other(server, items, results, tmp_path, monkeypatch, capsys):
+    url, asked = server
+    monkeypatch.setenv("THE_KEY", "secret")
+    flags = ["--endpoint", url, "--name", "served", "--key-from", "THE_KEY", "--out", str(tmp_path)]
+    folders = ["--suites", f"{ROOT}/data/suites", "--data", f"{ROOT}/data/arciva_qa_extended.jsonl"]
+    assert arciva.run_main(lambda: run_suites.run([*flags, *folders])) == 0
+    assert sorted(a["messages"][1]["content"] for a in asked) == sorted(i.prompt for i in items)
+    assert all(a["messages"][0]["content"] == arciva.SYSTEM_PROMPT and a["temperature"] == 0 for a in asked)
+    rates = json.loads((tmp_path / "suites.json").read_text())["tuned"]["passed"]
+    assert rates == pytest.approx(results["gold"].groupby("suite")["passed"].mean().to_dict())
+    monkeypatch.setenv("THE_KEY", "wrong")
+    assert arciva.run_main(lambda: run_suites.run([*flags, *folders])) == 2
+    assert "answered 401" in capsys.readouterr().err
+
+
+def test_an_endpoint_that_is_not_there_is_one_sentence(tmp_path):
+    with pytest.raises(arciva.ArcivaError, match="cannot reach"):
+        run_suites.ask_endpoint("http://127.0.0.1:9/v1", "x", None, max_new_tokens=8)(["a?"])
+    with pytest.raises(arciva.ArcivaError, match="no model in"):
+        run_suites.run(["--model", str(tmp_path / "nothing"), "--suites", f"{ROOT}/data/suites"])
+
+
+def test_the_harness_agrees_with_our_figures(tmp_path, cpu):
+    nano, suites, count = ROOT / "data" / "nano_base", ROOT / "data" / "suites", 16
+    out = tmp_path / "tasks"
+    assert export_lm_eval.main(["--suites", str(suites), "--out", str(out)]) == 0
+    measured = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(nano), "dtype": "float32", "device": "cpu"},
+        tasks=list(export_lm_eval.tasks(out)),
+        task_manager=lm_eval.tasks.TaskManager(include_path=str(out), include_defaults=False),
+        apply_chat_template=True,
+        limit=count,
+        bootstrap_iters=0,
+        gen_kwargs={"max_gen_toks": 24},
+    )["results"]
+    tokenizer = arciva.load_tokenizer(str(nano))
+    model = arciva.AutoModelForCausalLM.from_pretrained(nano, dtype="float32")
+    items = arciva.load_suites(str(suites))[:count]
+    encoded = []
+    for item in items:
+        prompt = arciva.encode_prompt(tokenizer, item.prompt)
+        answer = tokenizer(item.gold, add_special_tokens=False)["input_ids"]
+        # The harness scores no end of turn, but the line break that ends the prompt.
+        assert tokenizer.decode(prompt[-1:]) == "\n"
+        masked = [arciva.IGNORE_INDEX] * (len(prompt) - 1)
+        encoded.append(arciva.Encoded(prompt + answer, masked + prompt[-1:] + answer))
+    losses = arciva.score_losses(model, encoded, cpu, row_tokens=256, pad_id=tokenizer.pad_token_id)
+    gold = measured["arciva_gold"]
+    assert math.log(gold["perplexity,none"]) == pytest.approx(np.mean(losses[:, 0]), rel=1e-4)
+    found = arciva.generate_answers(model, tokenizer, [i.prompt for i in items], cpu, max_new_tokens=24, batch_size=8)
+    exact = np.mean([arciva.exact_match(a.text, i.gold) for a, i in zip(found, items, strict=True)])
+    assert measured["arciva_answers"]["exact_match,none"] == pytest.approx(exact)
