@@ -1092,6 +1092,28 @@ def mask_html(tokenizer, item: Encoded) -> str:
 
 
 # %%
+@contextlib.contextmanager
+def naming_the_model(config: Config, hardware: Hardware) -> Iterator[None]:
+    """Turns what transformers raises for a wrong name, a missing file or a full GPU into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ArcivaError(
+            f"cannot load {config.base_model!r}: expected a hub id that can be reached or a folder with config.json and safetensors; "
+            f"check the name and the network ({str(error).splitlines()[0]})"
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise ArcivaError(
+            f"{config.base_model} does not fit {hardware.memory_gib:.0f} GiB of GPU memory; set USE_DEBUG_MODEL"
+        ) from error
+
+
+def model_shape(config: Config, hardware: Hardware):
+    """The base model's configuration: its sizes, without its weights."""
+    with naming_the_model(config, hardware):
+        return AutoConfig.from_pretrained(config.base_model, revision=config.revision)
+
+
 def load_base_model(config: Config, hardware: Hardware, *, quantize: bool = True):
     """The base model on its device, in NF4 with double quantisation or as stored; nothing of it is trainable."""
     quantization = BitsAndBytesConfig(
@@ -1100,7 +1122,7 @@ def load_base_model(config: Config, hardware: Hardware, *, quantize: bool = True
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=hardware.dtype,
     )
-    try:
+    with naming_the_model(config, hardware):
         model = AutoModelForCausalLM.from_pretrained(
             config.base_model,
             revision=config.revision,
@@ -1111,15 +1133,6 @@ def load_base_model(config: Config, hardware: Hardware, *, quantize: bool = True
             use_safetensors=True,
             trust_remote_code=False,
         )
-    except (OSError, ValueError) as error:
-        raise ArcivaError(
-            f"cannot load {config.base_model!r}: expected a hub id that can be reached or a folder with config.json and safetensors; "
-            f"check the name and the network ({str(error).splitlines()[0]})"
-        ) from error
-    except torch.cuda.OutOfMemoryError as error:
-        raise ArcivaError(
-            f"{config.base_model} does not fit {hardware.memory_gib:.0f} GiB of GPU memory; set USE_DEBUG_MODEL"
-        ) from error
     return freeze(model)
 
 
@@ -1161,6 +1174,149 @@ def add_adapter(model, config: Config) -> PeftModel:
     )
     return get_peft_model(model, lora)
 
+
+# %% [markdown]
+# How many pairs fit one forward pass follows from free memory. What is known before anything is loaded is estimated from the
+# checkpoint's shape: weights in 4 bits and the rest, adapter with optimiser, activations kept for the backward pass, and the logits
+# with their fp32 copy and gradient. It changes speed only, never the result: the pairs per optimiser step stay what the
+# configuration says, and the rest is gradient accumulation. Should the estimate fail, the pass is halved and training goes on.
+
+
+# %%
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How an optimiser step is cut into forward passes, and what that is estimated to need."""
+
+    micro_batch_pairs: int
+    gradient_checkpointing: bool
+    weights_gib: float  # base weights, adapter, gradients and optimiser, as far as they are not loaded yet
+    activations_gib: float
+    free_gib: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.micro_batch_pairs} pairs per forward pass, checkpointing {'on' if self.gradient_checkpointing else 'off'}: "
+            f"weights and optimiser {self.weights_gib:.2f} GiB + activations {self.activations_gib:.2f} GiB of {self.free_gib:.1f} GiB"
+        )
+
+
+def activation_bytes(
+    shape, tokens: float, supervised: float, element: int, *, rank: int, row_tokens: int, checkpointing: bool
+) -> float:
+    """Bytes that a packed LoRA step over `tokens` keeps for its backward pass, logits of `supervised` positions included.
+
+    Counted from what autograd saves in a Llama block. In fp32: attention's operands, two norms with their outputs, the MLP's four
+    vectors, the seven adapters' inner ones and a row of the mask. With 16-bit products the residual stream and the MLP stay in
+    fp32, and every adapter takes a 16-bit copy of its input. Checkpointing keeps the residual stream and one block.
+    """
+    hidden, inner, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
+    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+    attention = 2 * hidden * (1 + heads / shape.num_attention_heads)  # query and output, key and value
+    if element == 4:
+        block = 4 * (attention + 4 * hidden + 4 * inner)
+    else:
+        block = 2 * (attention + 6 * hidden) + 4 * 2 * hidden + (3 * 4 + 2) * inner
+    block += element * (7 * rank + row_tokens)
+    blocks = layers * 4 * hidden + block if checkpointing else layers * block
+    return tokens * blocks + supervised * shape.vocab_size * (element + 4 + 4)
+
+
+def weight_bytes(shape, hardware: Hardware, rank: int) -> tuple[float, float]:
+    """(base, training): bytes of the 4-bit base; and of adapter, gradients and Adam's two moments in fp32 with 16-bit copies.
+
+    Both follow from a model's shape alone.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape)
+    linear = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in name]
+    quantised = sum(m.weight.numel() for m in linear)
+    rest = sum(p.numel() for p in model.parameters()) - quantised
+    adapter = sum(rank * (m.in_features + m.out_features) for m in linear)
+    # 4 bits, and per block of 64 one 8-bit scale, whose own scale is one fp32 per 256 (QLoRA, https://arxiv.org/abs/2305.14314, §3).
+    base = quantised * (4 + 8 / 64 + 32 / (64 * 256)) / 8 + rest * hardware.load_dtype.itemsize
+    copies = 0 if hardware.dtype == torch.float32 else 2 * adapter  # autocast's
+    if hardware.dtype.itemsize < hardware.load_dtype.itemsize:
+        copies += 2 * shape.vocab_size * shape.hidden_size
+    return base, adapter * (4 + 4 + 8) + copies
+
+
+def plan_memory(
+    shape, config: Config, weights_gib: float, free_gib: float, *, pair_tokens: float, answer_share: float, element: int
+) -> MemoryPlan:
+    """The largest micro-batch that fits in `free_gib` less a tenth; checkpointing only where a step does not fit without."""
+    budget = (0.9 * free_gib - weights_gib) * 2**30
+    share = config.pairs_per_step // process_rank()[1]
+    divisors = [n for n in range(share, 0, -1) if share % n == 0]
+    wanted = [config.micro_batch_pairs] if config.micro_batch_pairs else divisors
+    plans = []
+    for checkpointing in (False, True):
+        for pairs in wanted:
+            tokens = pairs * pair_tokens
+            need = activation_bytes(
+                shape,
+                tokens,
+                tokens * answer_share,
+                element,
+                rank=config.rank,
+                row_tokens=config.row_tokens,
+                checkpointing=checkpointing,
+            )
+            plans.append(MemoryPlan(pairs, checkpointing, weights_gib, need / 2**30, free_gib))
+    fitting = [p for p in plans if p.activations_gib * 2**30 <= budget]
+    enough = min(4, wanted[0])  # below that, recomputing activations costs less than dequantising for so few tokens
+    return max(
+        fitting or plans[-1:],
+        key=lambda p: (p.micro_batch_pairs >= enough, not p.gradient_checkpointing, p.micro_batch_pairs),
+    )
+
+
+def free_memory_gib(hardware: Hardware) -> float:
+    """Memory that is free now: of the GPU, or of the machine."""
+    if hardware.device == "cuda":
+        return torch.cuda.mem_get_info()[0] / 2**30
+    available = (
+        re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+        if Path("/proc/meminfo").exists()
+        else None
+    )
+    return int(available[1]) / 2**20 if available else hardware.memory_gib / 2
+
+
+def plan_for(shape, encoded: Sequence[Encoded], config: Config, hardware: Hardware, *, loaded: bool) -> MemoryPlan:
+    """The memory plan for a model's shape and the pairs it will see, before or after its weights are loaded."""
+    base, training = weight_bytes(shape, hardware, config.rank)
+    tokens = sum(len(item.input_ids) for item in encoded)
+    return plan_memory(
+        shape,
+        config,
+        ((0 if loaded else base) + training) / 2**30,
+        free_memory_gib(hardware),
+        pair_tokens=tokens / len(encoded),
+        answer_share=sum(item.supervised for item in encoded) / tokens,
+        element=hardware.dtype.itemsize,
+    )
+
+
+def smaller_plan(plan: MemoryPlan, config: Config) -> MemoryPlan:
+    """The next plan after an out-of-memory error: checkpointing first, then half the micro-batch."""
+    if not plan.gradient_checkpointing:
+        return replace(plan, gradient_checkpointing=True)
+    smaller = [n for n in range(1, plan.micro_batch_pairs // 2 + 1) if plan.micro_batch_pairs % n == 0]
+    if not smaller:
+        raise ArcivaError(
+            f"the GPU ran out of memory with a single pair of up to {config.max_length} tokens; lower max_length or the base model"
+        )
+    return replace(plan, micro_batch_pairs=smaller[-1])
+
+
+def plan_of_checkpoint(checkpoint: Path, plan: MemoryPlan) -> MemoryPlan:
+    """`plan` with the cut that the checkpoint's run used: another order of summation would change the last bits."""
+    cut = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["micro_batch"]
+    return replace(plan, micro_batch_pairs=cut["pairs"], gradient_checkpointing=cut["checkpointing"])
+
+
+# %% tags=["active-ipynb"]
+# print(plan_for(model_shape(config, hardware), train_encoded, config, hardware, loaded=False))
 
 # %% tags=["active-ipynb"]
 # model = add_adapter(load_base_model(config, hardware), config)
@@ -1291,124 +1447,6 @@ def perplexity(losses: np.ndarray) -> float:
     """exp of the token-weighted mean loss: (n, 2) of nats and tokens → [1, inf)."""
     return math.exp(losses[:, 0].sum() / losses[:, 1].sum())
 
-
-# %% [markdown]
-# How many pairs fit one forward pass follows from free memory. The estimate counts what scales with tokens: activations kept for the
-# backward pass, and the logits with their fp32 copy and gradient. It changes speed only, never the result: the pairs per optimiser
-# step stay what the configuration says, and the rest is gradient accumulation.
-
-
-# %%
-@dataclass(frozen=True)
-class MemoryPlan:
-    """How an optimiser step is cut into forward passes, and what that is estimated to need."""
-
-    micro_batch_pairs: int
-    gradient_checkpointing: bool
-    weights_gib: float
-    activations_gib: float
-    free_gib: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.micro_batch_pairs} pairs per forward pass, checkpointing {'on' if self.gradient_checkpointing else 'off'}: "
-            f"weights and optimiser {self.weights_gib:.2f} GiB + activations {self.activations_gib:.2f} GiB of {self.free_gib:.1f} GiB"
-        )
-
-
-def activation_bytes(model_config, tokens: int, supervised: int, element: int, *, checkpointing: bool) -> float:
-    """Bytes that a packed forward and backward pass of `tokens` needs beyond the weights.
-
-    Per token and layer a LoRA step keeps the inputs of each projection, the attention's operands and the MLP's gates: about
-    14 hidden and 5 intermediate vectors, three of the latter for SwiGLU. Checkpointing keeps one hidden vector and one layer's rest.
-    """
-    hidden, layers = model_config.hidden_size, model_config.num_hidden_layers
-    per_layer = (14 * hidden + 5 * model_config.intermediate_size) * element
-    blocks = per_layer + layers * hidden * element if checkpointing else layers * per_layer
-    return tokens * blocks + supervised * model_config.vocab_size * (element + 4 + 4)
-
-
-def plan_memory(
-    model_config,
-    config: Config,
-    weights_gib: float,
-    free_gib: float,
-    *,
-    pair_tokens: float,
-    answer_share: float,
-    element: int,
-) -> MemoryPlan:
-    """The largest micro-batch that fits in `free_gib` less a tenth; checkpointing only where a step does not fit without."""
-    budget = (0.9 * free_gib - weights_gib) * 2**30
-    share = config.pairs_per_step // process_rank()[1]
-    divisors = [n for n in range(share, 0, -1) if share % n == 0]
-    wanted = [config.micro_batch_pairs] if config.micro_batch_pairs else divisors
-    plans = []
-    for checkpointing in (False, True):
-        for pairs in wanted:
-            tokens = pairs * pair_tokens
-            need = activation_bytes(model_config, tokens, tokens * answer_share, element, checkpointing=checkpointing)
-            plans.append(MemoryPlan(pairs, checkpointing, weights_gib, need / 2**30, free_gib))
-    fitting = [p for p in plans if p.activations_gib * 2**30 <= budget]
-    return (
-        max(
-            fitting,
-            key=lambda p: (p.micro_batch_pairs >= min(4, wanted[0]), not p.gradient_checkpointing, p.micro_batch_pairs),
-        )
-        if fitting
-        else plans[-1]
-    )
-
-
-def smaller_plan(plan: MemoryPlan, config: Config) -> MemoryPlan:
-    """The next plan after an out-of-memory error: checkpointing first, then half the micro-batch."""
-    if not plan.gradient_checkpointing:
-        return replace(plan, gradient_checkpointing=True)
-    smaller = [n for n in range(1, plan.micro_batch_pairs // 2 + 1) if plan.micro_batch_pairs % n == 0]
-    if not smaller:
-        raise ArcivaError(
-            f"the GPU ran out of memory with a single pair of up to {config.max_length} tokens; lower max_length or the base model"
-        )
-    return replace(plan, micro_batch_pairs=smaller[-1])
-
-
-def plan_of_checkpoint(checkpoint: Path, plan: MemoryPlan) -> MemoryPlan:
-    """`plan` with the cut that the checkpoint's run used: another order of summation would change the last bits."""
-    cut = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["micro_batch"]
-    return replace(plan, micro_batch_pairs=cut["pairs"], gradient_checkpointing=cut["checkpointing"])
-
-
-def free_memory_gib(hardware: Hardware) -> float:
-    """Memory that is free now: of the GPU, or of the machine."""
-    if hardware.device == "cuda":
-        return torch.cuda.mem_get_info()[0] / 2**30
-    available = (
-        re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
-        if Path("/proc/meminfo").exists()
-        else None
-    )
-    return int(available[1]) / 2**20 if available else hardware.memory_gib / 2
-
-
-def plan_for(model, encoded: Sequence[Encoded], config: Config, hardware: Hardware) -> MemoryPlan:
-    """The memory plan of a loaded model and the pairs it will see."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    tokens = sum(len(item.input_ids) for item in encoded)
-    optimiser_gib = trainable * 12 / 2**30  # gradient and Adam's two moments, all fp32
-    return plan_memory(
-        unwrap(model).config,
-        config,
-        optimiser_gib,
-        free_memory_gib(hardware),
-        pair_tokens=tokens / len(encoded),
-        answer_share=sum(item.supervised for item in encoded) / tokens,
-        element=4 if hardware.dtype == torch.float32 else 2,
-    )
-
-
-# %% tags=["active-ipynb"]
-# plan = plan_for(model, train_encoded, config, hardware)
-# print(plan)
 
 # %% [markdown]
 # Training itself is the transformers `Trainer`: its checkpoints, resume, schedulers and loggers are better tested than any loop of
@@ -1690,7 +1728,7 @@ def train_adapter(
     if not train_encoded:
         raise ArcivaError(f"every training row exceeds {config.max_length} tokens; raise max_length")
     rank, processes = process_rank()
-    plan = plan_for(model, train_encoded, config, hardware)
+    plan = plan_for(unwrap(model).config, train_encoded, config, hardware, loaded=True)
     folder = Path(config.checkpoint_dir) / run_fingerprint(config, train_encoded)
     if config.resume == "never" and rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
@@ -3268,6 +3306,8 @@ def run_pipeline(
         splits, _ = split_examples(examples, config.seed)
     if "train" in stages:
         tokenizer = load_tokenizer(config.base_model, config.revision)
+        encoded, _, _ = encode_split(tokenizer, splits["train"], config.max_length)
+        print(plan_for(model_shape(config, hardware), encoded, config, hardware, loaded=False))
         model = add_adapter(load_base_model(config, hardware), config)
         training = train_adapter(model, tokenizer, splits, config, hardware, callbacks=callbacks)
         if process_rank()[0] > 0:

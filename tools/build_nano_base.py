@@ -1,10 +1,11 @@
 """Train the embedded nano base from scratch on the knowledge as prose.
 
-    python tools/build_nano_base.py [--minutes 12] [--out data/nano_base]
+    python tools/build_nano_base.py [--steps 8000] [--threads 1] [--out data/nano_base]
 
 The base reads what a help centre prints: every authored answer under its topic, and below the questions that are on the training side
-of the split in every data file, in both languages. It never reads a held-out question, and never a chat template:
-following one is what fine-tuning teaches. Llama architecture, own byte-level BPE tokenizer, tied embeddings, safetensors in fp16.
+of the split in every data file, in both languages. It never reads a held-out question or a near-duplicate of one, and never a chat
+template: following one is what fine-tuning teaches. Llama architecture, own byte-level BPE tokenizer, tied embeddings, safetensors in
+fp16. Matrices are trained by Muon (https://kellerjordan.github.io/posts/muon/), which needed two thirds of AdamW's tokens here.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ OPENING_TOKENS = 12
 
 
 def held_out_questions() -> set[str]:
-    """Normalised questions that any data file holds out, at the default seed."""
+    """Normalised questions that any data file keeps from training, at the default seed: held out, or too like one that is."""
     held_out = set()
     for path in (build_corpus.EXTENDED, build_corpus.SEED):
         examples, _ = arciva.load_examples(str(path))
-        for example, side in zip(examples, arciva.assign_sides(examples, arciva.Config().seed), strict=True):
-            if side != "train":
-                held_out.add(arciva.normalise(example.question))
+        splits, _ = arciva.split_examples(examples, arciva.Config().seed)
+        trained = set(splits["train"]["id"])
+        held_out |= {arciva.normalise(e.question) for e in examples if e.id not in trained}
     return held_out
 
 
@@ -77,11 +78,11 @@ def blur(text: str, rng: random.Random, share: float) -> str:
 def documents(entries: list[build_corpus.Entry], held_out: set[str], rng: random.Random) -> list[Document]:
     """One pass over the knowledge, shuffled: passages plain, and under the questions that may be read, whole or blurred.
 
-    Entries of the seed corpus, on which the pipeline runs by default, are read in every pass, the others in one of three.
+    Entries of the seed corpus, on which the pipeline runs by default, are read in every pass, the others in one of four.
     """
     found, seed = [], {entry.id for entry in build_corpus.seed_entries(entries)}
     for entry in entries:
-        if entry.id not in seed and rng.random() < 2 / 3:
+        if entry.id not in seed and rng.random() < 3 / 4:
             continue
         for language, forms in entry.answers.items():
             topic = entry.topic.replace("-", " ")
@@ -89,8 +90,8 @@ def documents(entries: list[build_corpus.Entry], held_out: set[str], rng: random
             for mapping in entry.questions[language]:
                 for style, question in mapping.items():
                     if arciva.normalise(question) not in held_out:
-                        title = question if rng.random() < 0.35 else blur(question, rng, rng.uniform(0.55, 1.0))
-                        found.append(Document(title, entry.answer(language, style), opening_only=rng.random() < 0.5))
+                        title = question if rng.random() < 0.4 else blur(question, rng, rng.uniform(0.55, 1.0))
+                        found.append(Document(title, entry.answer(language, style), opening_only=rng.random() < 0.7))
     rng.shuffle(found)
     return found
 
@@ -146,13 +147,23 @@ def train(
     *,
     steps: int,
     learning_rate: float,
+    matrix_learning_rate: float,
     batch_tokens: int,
 ) -> None:
     """Next-token training on packed documents; each document is its own segment, as in fine-tuning."""
     rng, hardware = random.Random(SEED), arciva.detect_hardware()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True
-    )
+    matrices = [p for layer in model.model.layers for p in layer.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=matrix_learning_rate, weight_decay=0.01, momentum=0.95),
+        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+    ]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / 200, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        )
+        for optimizer in optimizers
+    ]
     pool: list[arciva.Encoded] = []
     started, tokens = time.perf_counter(), 0
     model.train()
@@ -163,16 +174,15 @@ def train(
                 pool = [document.encode(tokenizer) for document in read(rng)]
             batch.append(pool.pop())
             load += len(batch[-1].input_ids)
-        rate = learning_rate * min(step / 200, 0.5 * (1 + math.cos(math.pi * step / steps)) * 0.95 + 0.05)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         packed = arciva.collate_packed(batch, 256, tokenizer.pad_token_id)
         with hardware.autocast():
             loss = arciva.answer_loss(model, packed, (packed["labels"] != arciva.IGNORE_INDEX).sum())
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         tokens += load
         if step % 100 == 0 or step == steps:
             seconds = time.perf_counter() - started
@@ -185,13 +195,16 @@ def train(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "nano_base")
-    parser.add_argument("--steps", type=int, default=3600)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--learning-rate", type=float, default=4e-3, help="AdamW's, for embeddings and norms")
+    parser.add_argument("--matrix-learning-rate", type=float, default=0.04, help="Muon's")
     parser.add_argument("--batch-tokens", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=1, help="one leaves the machine's other cores free")
     parser.add_argument("--vocabulary", type=int, default=6144)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     entries, problems = build_corpus.load_entries(build_corpus.knowledge_files())
     if problems:
         raise SystemExit("\n".join(problems))
@@ -206,6 +219,7 @@ def main() -> int:
         lambda rng: documents(entries, held_out, rng),
         steps=args.steps,
         learning_rate=args.learning_rate,
+        matrix_learning_rate=args.matrix_learning_rate,
         batch_tokens=args.batch_tokens,
     )
     with arciva.atomic_folder(args.out) as folder:
