@@ -11,10 +11,13 @@ import os
 import random
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
+import arciva_assistant_poc as arciva
 from arciva_assistant_poc import render_page, script_json
 
 TEMPLATE = (Path(__file__).resolve().parent.parent / "tools" / "dashboard_template.html").read_text(encoding="utf-8")
@@ -546,3 +549,41 @@ def test_ten_thousand_rows_keep_the_document_small(open_page, capsys):
     assert page.locator("#rows > tr").count() == 100
     with capsys.disabled():
         print(f"\n10,000 answers: ready after {ready} ms, sort {sort} ms, search {find} ms, {nodes:,} nodes")
+
+
+@needs_browser
+def test_a_page_of_a_real_run_sorts_searches_and_links(open_page, cpu, tmp_path):
+    """The embedded base with a fresh adapter answers held-out questions and suite items; nothing of the page is made up."""
+    config = replace(
+        arciva.configure(cpu, base_model=str(ROOT / "data" / "nano_base"))[0],
+        data=str(ROOT / "data" / "arciva_qa_synthetic.jsonl"),
+        max_eval_rows=12,
+        max_new_tokens=12,
+        reports_dir=str(tmp_path / "reports"),
+    )
+    tokenizer = arciva.load_tokenizer(config.base_model)
+    model = arciva.add_adapter(arciva.load_base_model(config, cpu), config)
+    examples, _ = arciva.load_examples(config.data)
+    splits, _ = arciva.split_examples(examples, config.seed)
+    predictions = arciva.predict(model, tokenizer, splits, config, cpu)
+    report = arciva.build_report(predictions, config)
+    items = arciva.load_suites(str(ROOT / "data" / "suites"))[:12]
+    suites = arciva.run_suites(model, tokenizer, items, arciva.knowledge_vocabulary(examples), config, cpu)
+    rated = arciva.write_dashboard(predictions, report, config.reports_dir, suites=suites)
+    written = Path(config.reports_dir, "dashboard.html").read_text(encoding="utf-8")
+    data = arciva.dashboard_data(rated, report, suites)
+    assert render_page(data, TEMPLATE) == written
+    page = open_page(data)
+    page.select_option("#size", "100")
+    assert sorted(shown_ids(page)) == sorted([*predictions["id"], *(item.id for item in items)])
+    page.select_option("#sort-by", "rouge_l")
+    page.select_option("#sort-who", "tuned")
+    page.select_option("#sort-worst", "best")
+    scores = rated.set_index("id")["tuned_rouge_l"]
+    answered = [i for i in shown_ids(page) if i in scores.index]
+    assert scores[answered].tolist() == sorted(scores, reverse=True)
+    row = predictions.iloc[5]
+    page.fill("#search", row["question"])
+    wait_for_count(page, 1)
+    assert shown_ids(page) == [row["id"]]
+    assert page.inner_text("#rows tr.row").find(row["question"][:30]) >= 0
