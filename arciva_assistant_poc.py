@@ -2357,6 +2357,7 @@ class SuiteItem(BaseModel):
     answer_language: Literal["en", "de"] | None = None
     steps: bool | None = None  # directional: whether the answer is a numbered list
     twin: str | None = None  # probes: the answerable question beside this one
+    held_out: bool = False  # probes: no training row of the shipped corpora rests on these facts, at the default seed
     fact_ids: list[str] = []
 
 
@@ -2447,7 +2448,8 @@ def suite_matrix(results: pd.DataFrame) -> pd.DataFrame:
 def hallucination_summary(results: pd.DataFrame) -> dict[str, float]:
     """False answers to probes and false refusals of their answerable twins, together: shares in [0, 1].
 
-    Refusing everything gives no false answer and only false refusals; `balanced_accuracy` is then one half.
+    Refusing everything gives no false answer and only false refusals; `balanced_accuracy` is then one half. On `held_out` probes a
+    model was never told that the thing is missing: they show whether it learned to say no, or which things to say no to.
     """
     probes = results[(results["suite"] == "probes")]
     twins, traps = probes[probes["type"] == "twin"], probes[probes["type"] != "twin"]
@@ -2456,6 +2458,7 @@ def hallucination_summary(results: pd.DataFrame) -> dict[str, float]:
         "probes": len(traps),
         "twins": len(twins),
         "false_answer": float(false_answer),
+        "false_answer_held_out": float(1 - traps[traps["held_out"]]["passed"].mean()),
         "false_refusal": float(false_refusal),
         "balanced_accuracy": float(1 - (false_answer + false_refusal) / 2),
         "unsupported_per_answer": float(results["unsupported"].mean()),

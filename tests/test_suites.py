@@ -99,6 +99,15 @@ def test_no_prompt_appears_in_the_corpus(items, corpus):
     assert not [(i, j) for i, j in pairs if i < len(questions) <= j]
 
 
+@pytest.mark.parametrize("name", ["arciva_qa_synthetic", "arciva_qa_extended"])
+def test_facts_of_held_out_probes_are_in_no_training_row(items, name):
+    held_out = {fact for item in items if item.held_out for fact in item.fact_ids}
+    examples, _ = arciva.load_examples(f"{ROOT}/data/{name}.jsonl")
+    splits, _ = arciva.split_examples(examples, arciva.Config().seed)
+    assert len([i for i in items if i.held_out and i.type == "absent"]) >= 8
+    assert not held_out & {fact for row in splits["train"]["fact_ids"] for fact in row}
+
+
 def test_unsupported_claims_are_counted():
     vocabulary = 'Click "New project". Ctrl+N opens it. At most 50 photos.'
     assert arciva.unsupported_claims('Click "New project" or press Ctrl+N, up to 50.', vocabulary) == []

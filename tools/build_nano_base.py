@@ -197,7 +197,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "nano_base")
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--learning-rate", type=float, default=4e-3, help="AdamW's, for embeddings and norms")
-    parser.add_argument("--matrix-learning-rate", type=float, default=0.04, help="Muon's")
+    parser.add_argument("--matrix-learning-rate", type=float, default=0.03, help="Muon's")
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=1, help="one leaves the machine's other cores free")
     parser.add_argument("--vocabulary", type=int, default=6144)
