@@ -1502,6 +1502,8 @@ class AnswerTrainer(Trainer):
 
     def _load_best_model(self):
         best = Path(self.state.best_model_checkpoint)
+        if not best.exists() and not self.args.should_save:
+            return  # another machine keeps the checkpoints, and its first process goes on alone
         if not (best / COMPLETE).exists():
             raise ArcivaError(f"the best checkpoint {best} is gone, expected it until training ends; train again")
         super()._load_best_model()
@@ -1773,7 +1775,7 @@ def train_adapter(
         raise Interrupted(
             f"stopped by SIGTERM at step {trainer.state.global_step:,} of {trainer.state.max_steps:,}; the same command goes on from there"
         )
-    if trainer.state.best_model_checkpoint is None:
+    if trainer.state.best_model_checkpoint is None and rank == 0:
         raise ArcivaError(
             f"the best checkpoint of this run is gone from {folder}, expected it until training ends; train again"
         )

@@ -568,6 +568,19 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+@contextlib.contextmanager
+def first_on_this_machine() -> Iterator[None]:
+    """Let one process of each machine fetch files while the others wait, and find them there."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    import torch
+    from accelerate import PartialState
+
+    with PartialState(cpu=not torch.cuda.is_available()).local_main_process_first():
+        yield
+
+
 def leave_fatal(output: Place, key: str, reason: str) -> None:
     """Keep the reason where replays of this job find it; a bucket that refuses even that is only reported."""
     if is_first_process():
@@ -622,10 +635,11 @@ def run_job(arguments: Sequence[str], output: Place, key: str) -> dict[str, obje
     if logs:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(work / "logs")
         settings.setdefault("report_to", "tensorboard")
-    if sources := data_sources(settings.pop("data", None), os.environ):
-        settings["data"] = fetch_data(sources, work / "data")
-    if "base_model" in settings:
-        settings["base_model"] = fetch_base_model(settings["base_model"], work / "base_model")
+    with first_on_this_machine():
+        if sources := data_sources(settings.pop("data", None), os.environ):
+            settings["data"] = fetch_data(sources, work / "data")
+        if "base_model" in settings:
+            settings["base_model"] = fetch_base_model(settings["base_model"], work / "base_model")
 
     import arciva_assistant_poc as arciva
 
@@ -637,19 +651,23 @@ def run_job(arguments: Sequence[str], output: Place, key: str) -> dict[str, obje
     print(f"base model    {reason}", flush=True)
     written, trained = {}, uploaded(output.at(RESULT_FOLDERS["output_dir"]))
     if trained and (trained.get("job") == key or "train" not in options.stages):
-        fetch_results(output, config)
+        with first_on_this_machine():
+            fetch_results(output, config)
     if "train" in options.stages and not (trained and trained.get("job") == key):
         checkpoints = place_of(
             options.checkpoints or os.environ.get("AIP_CHECKPOINT_DIR") or str(output.at("checkpoints"))
         )
         if config.resume == "auto":
-            restore_checkpoints(checkpoints, checkpoint_dir)
+            with first_on_this_machine():
+                restore_checkpoints(checkpoints, checkpoint_dir)
         mirror = mirror_callback(checkpoints, logs and place_of(logs), work / "logs", options.keep_checkpoints)
         written |= arciva.run_pipeline(config, ["train"], callbacks=[mirror])
         publish_results(output, config, key)  # from here on a restart goes on behind the training
     if later := [stage for stage in options.stages if stage != "train"]:
-        written |= arciva.run_pipeline(config, later)
-        publish_results(output, config, key)
+        try:
+            written |= arciva.run_pipeline(config, later)
+        finally:  # a model that a threshold refuses still has reports to look at
+            publish_results(output, config, key)
     if is_first_process():
         output.write(RESULT, json.dumps({"job": key, "stages": options.stages}), only_new="train" in options.stages)
     return {**written, "uploaded to": output}

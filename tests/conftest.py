@@ -141,6 +141,14 @@ def corpus_rows(count: int = 90) -> list[dict]:
     ]
 
 
+def in_whole_steps(rows: list[dict], path: Path, pairs: int) -> list[dict]:
+    """The rows without as many training rows as do not fill a step of `pairs`: several processes would repeat some to keep pace."""
+    examples, _ = arciva.load_examples(str(write_rows(path, rows)))
+    splits, _ = arciva.split_examples(examples, arciva.Config().seed)
+    surplus = set(splits["train"]["id"][: len(splits["train"]) % pairs])
+    return [row for row in rows if row["id"] not in surplus]
+
+
 def write_rows(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
     return path

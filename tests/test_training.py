@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, ROOT, make_model, pair
+from conftest import ARCHITECTURES, ROOT, corpus_rows, in_whole_steps, make_model, pair, write_rows
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -387,11 +387,8 @@ def test_a_step_that_cannot_shrink_further_is_one_sentence(tiny_config):
 
 
 def test_two_processes_end_with_the_held_out_loss_of_one(tiny_config, cpu):
-    # A last step of fewer pairs would repeat some to keep the processes in pace, so the rows are made to divide.
-    splits, _ = arciva.split_examples(arciva.load_examples(tiny_config.data)[0], tiny_config.seed)
-    surplus = set(splits["train"]["id"][: len(splits["train"]) % 8])
-    rows = [line for line in Path(tiny_config.data).read_text().splitlines() if json.loads(line)["id"] not in surplus]
-    Path(tiny_config.data).write_text("\n".join(rows))
+    data = Path(tiny_config.data)
+    write_rows(data, in_whole_steps(corpus_rows(), data, 8))
     config = replace(tiny_config, epochs=2, dropout=0.0, pairs_per_step=8, micro_batch_pairs=4)
     alone, _ = train(config, cpu, checkpoint_dir=tiny_config.checkpoint_dir + "-alone")
     script = Path(tiny_config.output_dir).with_name("two.py")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, corpus_rows, write_rows
+from conftest import ROOT, corpus_rows, in_whole_steps, write_rows
 from google.cloud.aiplatform_v1.types import CustomJobSpec
 from worker_simulator import SCRIPT, FaultyBucket, JobEndpoint, Worker
 
@@ -454,6 +454,23 @@ def test_a_job_interrupted_four_times_ends_with_the_weights_of_an_uninterrupted_
     assert not any(method == "DELETE" for method, _ in bucket.requests)
     assert any(name.startswith("parts/logs/events.out") for name in bucket.names())
     assert worker.start().code == 0 and "this job is complete" in worker.starts[-1].log
+
+
+def test_two_processes_of_a_job_train_as_one_and_survive_a_signal(job, bucket, tmp_path, monkeypatch):
+    rows = in_whole_steps(corpus_rows(), tmp_path / "all.jsonl", 8)
+    vertex.place_of("gs://training/data").upload(write_rows(tmp_path / "whole.jsonl", rows), "whole.jsonl")
+    settings = {"data": "gs://training/data/whole.jsonl", "dropout": 0.0, "stages": "train", "micro_batch_pairs": 4}
+    run_here(job("one", **settings), tmp_path, monkeypatch)
+    worker = Worker(job("two", **settings), tmp_path / "machine", bucket, environment={"NPROC_PER_NODE": "2"})
+    interrupted = worker.start("SIGTERM", lambda w: w.training_for() > 1.0)
+    assert interrupted.signal and interrupted.code != 0, interrupted.log[-3000:]
+    ended = worker.start()
+    assert ended.code == 0 and "going on from step" in ended.log, ended.log[-3000:]
+    one, two = (
+        json.loads(vertex.place_of(f"gs://training/{name}/model/model_output").read("manifest.json"))["training"]
+        for name in ("one", "two")
+    )
+    assert two["steps"] == one["steps"] and two["best_loss"] == pytest.approx(one["best_loss"], abs=1e-4)
 
 
 @pytest.mark.slow
