@@ -163,3 +163,11 @@ def tiny_config(tmp_path, tiny_base) -> arciva.Config:
         row_tokens=128, evaluations_per_epoch=2, log_every=1, max_new_tokens=8, output_dir=str(tmp_path / "model_output"),
         merged_dir=str(tmp_path / "final_merged_model"), reports_dir=str(tmp_path / "reports"), checkpoint_dir=str(tmp_path / "checkpoints"),
     )  # fmt: skip
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say on the last lines what a machine without a browser has left out."""
+    reasons = [r.longrepr[2] for r in terminalreporter.stats.get("skipped", []) if isinstance(r.longrepr, tuple)]
+    browser = [reason for reason in reasons if "Chromium" in reason]
+    if browser:
+        terminalreporter.write_line(f"{len(browser)} browser tests left out: {browser[0].removeprefix('Skipped: ')}")
