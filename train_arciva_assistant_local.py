@@ -4,7 +4,9 @@
     python train_arciva_assistant_local.py --epochs 2 --rank 32     any setting of the notebook's Config is a flag
     python train_arciva_assistant_local.py --stages evaluate merge  stages can be run later from what is on disk
 
-Exit codes: 0 done, 2 something to put right (one sentence says what).
+    torchrun --nproc-per-node=2 train_arciva_assistant_local.py     several GPUs: all train, the first one does the rest
+
+Exit codes: 0 done, 2 something to put right (one sentence says what), 143 interrupted: the same command goes on.
 """
 
 import argparse
