@@ -1,8 +1,12 @@
 """Tiny tokenizers and random models, made here: no test needs a network, a GPU or a download."""
 
 import json
+import os
 import sys
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: more threads than cores would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
