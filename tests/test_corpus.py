@@ -249,6 +249,71 @@ def test_a_file_that_breaks_the_schema_is_named_with_its_entry(tmp_path, documen
     assert any("missing.yaml" in problem for problem in problems)
 
 
+# What Arciva does not have
+
+
+def claims(language: str, answer: str, form: str = "full") -> list[str]:
+    return build_corpus.absent_claims(language, form, answer)
+
+
+def test_every_absent_fact_has_terms_or_is_listed_unnamed(facts):
+    terms = build_corpus.load_absent_terms()
+    unnamed = terms.pop("unnamed")
+    assert len(unnamed) == len(set(unnamed)) and not set(unnamed) & set(terms)
+    assert set(unnamed) | set(terms) == {fact for fact, known in facts.items() if known.get("absent")}
+    assert all(found and all(isinstance(term, str) for term in found) for found in terms.values())
+    assert len(build_corpus.absent_patterns(build_corpus.KNOWLEDGE / build_corpus.ABSENT_TERMS)) == len(terms)
+
+
+@pytest.mark.parametrize(
+    ("language", "claim", "term", "fact"),
+    [
+        ("en", "Face recognition then groups the portraits.", "Face recognition", "be-no-face-recognition"),
+        ("en", "Open the map view to see where they were taken.", "map view", "be-no-map"),
+        ("en", "You can add a Watermark as well.", "Watermark", "be-no-watermark"),
+        ("en", "1. Click the photo.\n2. Pick a date with the date picker.", "date picker", "ws-no-date-range-filter"),
+        ("de", "Die Gesichtserkennung gruppiert danach die Porträts.", "Gesichtserkennung", "be-no-face-recognition"),
+        ("de", "In der Kartenansicht siehst du die Orte.", "Kartenansicht", "be-no-map"),
+        ("de", "Gelöschte Fotos liegen im Papierkorb.", "Papierkorb", "be-no-trash"),
+    ],
+)
+def test_a_planted_false_claim_is_found(entries, facts, language, claim, term, fact):
+    entry = next(e for e in entries if e.id == "export-open").model_copy(deep=True)
+    entry.answers[language]["full"] += f"\n{claim}"
+    (problem,) = build_corpus.lint([entry], facts)
+    sentence = claim.split("\n")[-1].removeprefix("2. ")
+    assert problem.startswith(f"export.yaml: export-open: {language}.full: claims {term!r}, which Arciva does not have")
+    assert f"({fact})" in problem and sentence in problem
+
+
+@pytest.mark.parametrize(
+    ("language", "denial"),
+    [
+        ("en", "Arciva has no face recognition."),
+        ("en", "There isn't a map view, and watermarks cannot be added."),
+        ("en", "Projects take the place of a landmap; masked balls and albumen prints are other words."),
+        ("de", "Eine Gesichtserkennung gibt es nicht."),
+        ("de", "Arciva hat weder Kartenansicht noch Papierkorb."),
+    ],
+)
+def test_a_denial_of_a_missing_feature_and_a_longer_word_are_no_claims(language, denial):
+    assert claims(language, denial) == []
+
+
+def test_a_premise_answer_may_deny_in_the_sentence_before():
+    answer = "Arciva does not do that. Face recognition is a feature of other programs."
+    assert claims("en", answer, "premise") == []
+    assert len(claims("en", answer)) == 1
+    assert len(claims("en", "Yes, that works. Face recognition finds them.", "premise")) == 1
+
+
+def test_a_reviewer_s_answer_is_searched_for_claims_too(tmp_path):
+    line = {"id": make_entry().rows()[0]["id"], "answer": "Start export adds the watermark."}
+    overrides, _ = load_overrides(tmp_path, line)
+    (problem,) = build_corpus.lint([make_entry()], GOOD_FACTS, overrides)
+    assert problem.startswith(f"overrides: {line['id']}: claims 'watermark'")
+
+
 # Overrides
 
 

@@ -12,6 +12,7 @@ discarded is in `data/knowledge/overrides.jsonl`, one row id a line (see tools/l
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import re
@@ -30,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 import arciva_assistant_poc as arciva
 
 KNOWLEDGE = ROOT / "data" / "knowledge"
+ABSENT_TERMS = "absent_terms.yaml"
 EXTENDED = ROOT / "data" / "arciva_qa_extended.jsonl"
 SEED = ROOT / "data" / "arciva_qa_synthetic.jsonl"
 
@@ -48,6 +50,13 @@ DENIAL = {
         r"\b(no|not|none|cannot|can't|never|without|isn't|doesn't|nothing|neither|only|nowhere|lacks?)\b", re.I
     ),
     "de": re.compile(r"\b(nein|nicht|nichts|kein\w*|nie|niemals|ohne|weder|nur|nirgends|fehlt)\b", re.I),
+}
+# Further words that deny or place elsewhere, in whatever sentence a missing feature is named.
+DENIAL_ANYWHERE = {
+    "en": re.compile(
+        r"\w+n't\b|\b(instead of|rather than|ignored|missing|rejected as|outside (?:Arciva|what))\b", re.I
+    ),
+    "de": re.compile(r"\b(statt|anstatt|fehlen|ignoriert|wirkungslos|verworfen|außerhalb von Arciva)\b", re.I),
 }
 FUNCTION_WORDS = {
     "en": set(
@@ -208,6 +217,23 @@ def load_facts() -> dict[str, dict]:
     return yaml.load((KNOWLEDGE / "facts.yaml").read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
 
 
+def load_absent_terms(path: Path | None = None) -> dict[str, list[str]]:
+    """Terms that name what Arciva does not have, by absent fact, and the facts `unnamed`; no file means no terms."""
+    path = path or KNOWLEDGE / ABSENT_TERMS
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader) if path.exists() else {}
+
+
+@functools.cache
+def absent_patterns(path: Path) -> dict[str, re.Pattern]:
+    """One pattern per absent fact that has terms; whole words in any case, after the fact's id."""
+    terms = load_absent_terms(path)
+    return {
+        fact: re.compile(rf"(?<!\w)(?:{'|'.join(found)})(?!\w)", re.I)
+        for fact, found in terms.items()
+        if fact != "unnamed"
+    }
+
+
 def load_entries(paths: Iterable[Path]) -> tuple[list[Entry], list[str]]:
     """Entries of the given files and every schema problem found, as `file: entry: reason`."""
     entries, problems = [], []
@@ -270,7 +296,7 @@ def apply_overrides(rows: Iterable[dict], overrides: dict[str, Override]) -> lis
 
 
 def knowledge_files() -> list[Path]:
-    return sorted(p for p in KNOWLEDGE.glob("*.yaml") if p.name not in {"facts.yaml", "absent_claims.yaml"})
+    return sorted(p for p in KNOWLEDGE.glob("*.yaml") if p.name not in {"facts.yaml", ABSENT_TERMS})
 
 
 def words(text: str) -> list[str]:
@@ -279,6 +305,30 @@ def words(text: str) -> list[str]:
 
 def first_sentence(text: str) -> str:
     return re.split(r"(?<=[.!?])\s", text.strip(), maxsplit=1)[0]
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences and lines of an answer; a step's number stands alone."""
+    return [s for s in re.split(r"(?<=[.!?])\s+|(?<=[.!?][\"')])\s+(?=[A-ZÄÖÜ])|\n+", text.strip()) if s.strip()]
+
+
+def absent_claims(language: str, form: str, answer: str) -> list[str]:
+    """Sentences that name what Arciva does not have and deny nothing.
+
+    A premise answer may deny first and name the thing in its second sentence.
+    """
+    found, before = {}, False
+    for sentence in sentences(answer):
+        denies = bool(DENIAL[language].search(sentence) or DENIAL_ANYWHERE[language].search(sentence))
+        if not denies and not (form == "premise" and before):
+            for fact, pattern in absent_patterns(KNOWLEDGE / ABSENT_TERMS).items():
+                if match := pattern.search(sentence):
+                    found.setdefault((match[0].lower(), sentence), (match[0], fact))
+        before = denies
+    return [
+        f"claims {term!r}, which Arciva does not have ({fact}): {sentence!r}"
+        for (_, sentence), (term, fact) in found.items()
+    ]
 
 
 def lint_entry(entry: Entry, facts: dict[str, dict], labels: str) -> list[str]:
@@ -328,7 +378,7 @@ def lint_answer(entry: Entry, language: str, form: str, answer: str, labels: str
         found.append(f"does not read as {language}: {answer[:60]!r}")
     if re.search(r"[„“”‚‘]", answer):
         found.append("uses typographic quotes; labels stand in straight ones")
-    return found
+    return found + absent_claims(language, form, answer)
 
 
 def lint_overrides(entries: list[Entry], overrides: dict[str, Override], labels: str) -> list[str]:

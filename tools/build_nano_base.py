@@ -1,6 +1,7 @@
 """Train the embedded nano base from scratch on the knowledge as prose.
 
     python tools/build_nano_base.py [--steps 8000] [--threads 1] [--out data/nano_base]
+    python tools/build_nano_base.py --go-on-from data/nano_base --steps 2000     after new wordings or changed answers
 
 The base reads what a help centre prints: every authored answer under its topic, and below the questions that are on the training side
 of the split in every data file, in both languages. It never reads a held-out question or a near-duplicate of one, and never a chat
@@ -149,9 +150,10 @@ def train(
     learning_rate: float,
     matrix_learning_rate: float,
     batch_tokens: int,
+    seed: int,
 ) -> None:
     """Next-token training on packed documents; each document is its own segment, as in fine-tuning."""
-    rng, hardware = random.Random(SEED), arciva.detect_hardware()
+    rng, hardware = random.Random(seed), arciva.detect_hardware()
     matrices = [p for layer in model.model.layers for p in layer.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     optimizers = [
@@ -195,6 +197,9 @@ def train(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "nano_base")
+    parser.add_argument(
+        "--go-on-from", type=Path, help="an earlier base, instead of random weights and a new tokenizer"
+    )
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--learning-rate", type=float, default=4e-3, help="AdamW's, for embeddings and norms")
     parser.add_argument("--matrix-learning-rate", type=float, default=0.03, help="Muon's")
@@ -210,8 +215,13 @@ def main() -> int:
         raise SystemExit("\n".join(problems))
     held_out = held_out_questions()
     texts = [d.text for d in documents(entries, held_out, random.Random(SEED))]
-    tokenizer = build_tokenizer(texts, args.vocabulary)
-    model = build_model(tokenizer, args.hidden, args.layers)
+    if args.go_on_from:
+        tokenizer = arciva.load_tokenizer(str(args.go_on_from))
+        model = LlamaForCausalLM.from_pretrained(args.go_on_from, dtype=torch.float32)
+        earlier = json.loads((args.go_on_from / "training.json").read_text(encoding="utf-8"))
+    else:
+        tokenizer, earlier = build_tokenizer(texts, args.vocabulary), []
+        model = build_model(tokenizer, args.hidden, args.layers)
     print(f"{model.num_parameters() / 1e6:.1f} M parameters, {len(tokenizer):,} tokens in the vocabulary", flush=True)
     train(
         model,
@@ -221,12 +231,14 @@ def main() -> int:
         learning_rate=args.learning_rate,
         matrix_learning_rate=args.matrix_learning_rate,
         batch_tokens=args.batch_tokens,
+        seed=SEED + len(earlier),
     )
     with arciva.atomic_folder(args.out) as folder:
         model.half().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "out"}
-        arciva.write_atomic(folder / "training.json", json.dumps({"seed": SEED, **settings}, indent=2))
+        settings = {k: v for k, v in vars(args).items() if k not in ("out", "go_on_from")}
+        phases = [*earlier, {"seed": SEED + len(earlier), **settings}]
+        arciva.write_atomic(folder / "training.json", json.dumps(phases, indent=2) + "\n")
     return 0
 
 
