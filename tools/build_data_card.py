@@ -172,6 +172,18 @@ def hashes(corpora: Sequence[Corpus]) -> str:
     return "\n".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {name}" for name, path in files.items())
 
 
+def second_readings() -> str:
+    """Error rates that readers found who had not written what they read."""
+    readings = yaml.safe_load((ROOT / "data" / "second_readings.yaml").read_text(encoding="utf-8"))
+    rows = [
+        f"| {r['what']} | {r['pairs']} | {r['false']} ({r['false'] / r['pairs']:.1%}) | {r['misleading']} ({r['misleading'] / r['pairs']:.1%}) |"
+        for r in readings
+    ]
+    head = "| sample of | pairs read | false answers | misleading or beside the question |\n|---|---:|---:|---:|"
+    text = "Somebody who had not written them judged random pairs against the facts. What was found is mended in every entry it touched."
+    return "\n".join([text, "", head, *rows])
+
+
 def known_gaps(corpus: Corpus) -> list[str]:
     """What the corpus does not have, with its numbers."""
     facts = build_corpus.load_facts()
@@ -276,6 +288,10 @@ held-out rows whose facts are only partly taught. With the default seed ({seed})
 What a random split of the same sizes would have given away, and what this one does:
 
 {leak_table(corpora)}
+
+## Second reading
+
+{second_readings()}
 
 ## Known gaps
 
