@@ -263,6 +263,11 @@ class Hardware:
         """Format of what is not quantised, and what NF4 is made from."""
         return torch.float32 if self.device == "cpu" else self.dtype
 
+    @property
+    def attention(self) -> str:
+        """Kernel of the attention: torch's fused one, but on a CPU its block mask costs more than plain products do."""
+        return "eager" if self.device == "cpu" else "sdpa"
+
     def autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision where `dtype` is a 16-bit format; nothing in fp32."""
         if self.dtype == torch.float32:
@@ -1128,7 +1133,7 @@ def load_base_model(config: Config, hardware: Hardware, *, quantize: bool = True
             revision=config.revision,
             quantization_config=quantization if quantize else None,
             dtype=hardware.load_dtype,
-            attn_implementation="sdpa",
+            attn_implementation=hardware.attention,
             device_map={"": torch.cuda.current_device() if hardware.device == "cuda" else "cpu"},
             use_safetensors=True,
             trust_remote_code=False,
@@ -1201,22 +1206,33 @@ class MemoryPlan:
 
 
 def activation_bytes(
-    shape, tokens: float, supervised: float, element: int, *, rank: int, row_tokens: int, checkpointing: bool
+    shape,
+    tokens: float,
+    supervised: float,
+    element: int,
+    *,
+    rank: int,
+    row_tokens: int,
+    checkpointing: bool,
+    attention: str = "sdpa",
 ) -> float:
     """Bytes that a packed LoRA step over `tokens` keeps for its backward pass, logits of `supervised` positions included.
 
     Counted from what autograd saves in a Llama block. In fp32: attention's operands, two norms with their outputs, the MLP's four
     vectors, the seven adapters' inner ones and a row of the mask. With 16-bit products the residual stream and the MLP stay in
-    fp32, and every adapter takes a 16-bit copy of its input. Checkpointing keeps the residual stream and one block.
+    fp32, and every adapter takes a 16-bit copy of its input. Eager attention keeps its weights, in fp32 and as they are used.
+    Checkpointing keeps the residual stream and one block.
     """
     hidden, inner, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
-    attention = 2 * hidden * (1 + heads / shape.num_attention_heads)  # query and output, key and value
+    operands = 2 * hidden * (1 + heads / shape.num_attention_heads)  # query and output, key and value
     if element == 4:
-        block = 4 * (attention + 4 * hidden + 4 * inner)
+        block = 4 * (operands + 4 * hidden + 4 * inner)
     else:
-        block = 2 * (attention + 6 * hidden) + 4 * 2 * hidden + (3 * 4 + 2) * inner
+        block = 2 * (operands + 6 * hidden) + 4 * 2 * hidden + (3 * 4 + 2) * inner
     block += element * (7 * rank + row_tokens)
+    if attention == "eager":
+        block += shape.num_attention_heads * row_tokens * (4 if element == 4 else 4 + element)
     blocks = layers * 4 * hidden + block if checkpointing else layers * block
     return tokens * blocks + supervised * shape.vocab_size * (element + 4 + 4)
 
@@ -1241,7 +1257,15 @@ def weight_bytes(shape, hardware: Hardware, rank: int) -> tuple[float, float]:
 
 
 def plan_memory(
-    shape, config: Config, weights_gib: float, free_gib: float, *, pair_tokens: float, answer_share: float, element: int
+    shape,
+    config: Config,
+    weights_gib: float,
+    free_gib: float,
+    *,
+    pair_tokens: float,
+    answer_share: float,
+    element: int,
+    attention: str = "sdpa",
 ) -> MemoryPlan:
     """The largest micro-batch that fits in `free_gib` less a tenth; checkpointing only where a step does not fit without."""
     budget = (0.9 * free_gib - weights_gib) * 2**30
@@ -1260,6 +1284,7 @@ def plan_memory(
                 rank=config.rank,
                 row_tokens=config.row_tokens,
                 checkpointing=checkpointing,
+                attention=attention,
             )
             plans.append(MemoryPlan(pairs, checkpointing, weights_gib, need / 2**30, free_gib))
     fitting = [p for p in plans if p.activations_gib * 2**30 <= budget]
@@ -1294,6 +1319,7 @@ def plan_for(shape, encoded: Sequence[Encoded], config: Config, hardware: Hardwa
         pair_tokens=tokens / len(encoded),
         answer_share=sum(item.supervised for item in encoded) / tokens,
         element=hardware.dtype.itemsize,
+        attention=hardware.attention,
     )
 
 

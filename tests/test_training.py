@@ -36,9 +36,11 @@ def forward(model, batch):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
-def test_a_packed_row_gives_the_logits_of_its_pairs_alone(architecture, training, chatml):
+def test_a_packed_row_gives_the_logits_of_its_pairs_alone(architecture, attention, training, chatml):
     model = make_model(architecture, vocabulary=len(chatml)).train(training)
+    model.set_attn_implementation(attention)
     items = encoded_pairs(chatml)
     batch = arciva.collate_packed(items, 10_000, chatml.pad_token_id)
     assert batch["input_ids"].shape[0] == 1
@@ -53,9 +55,11 @@ def test_a_packed_row_gives_the_logits_of_its_pairs_alone(architecture, training
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
-def test_changing_one_pair_leaves_its_neighbours_unchanged(architecture, training, chatml):
+def test_changing_one_pair_leaves_its_neighbours_unchanged(architecture, attention, training, chatml):
     model = make_model(architecture, vocabulary=len(chatml)).train(training)
+    model.set_attn_implementation(attention)
     batch = arciva.collate_packed(encoded_pairs(chatml), 10_000, chatml.pad_token_id)
     before = forward(model, batch)
     changed = batch["segments"] == 1
@@ -232,6 +236,7 @@ def test_the_estimate_is_within_15_percent_of_what_autograd_keeps(dtype, pairs):
     measured += supervised * model.config.vocab_size * (dtype.itemsize + 4)
     tokens, width = batch["input_ids"].numel(), batch["input_ids"].shape[1]
     shape, sizes = arciva.unwrap(model).config, {"rank": config.rank, "row_tokens": width, "checkpointing": False}
+    sizes["attention"] = hardware.attention
     assert loss.item() > 0
     assert arciva.activation_bytes(shape, tokens, supervised, dtype.itemsize, **sizes) == pytest.approx(
         measured, rel=0.15
