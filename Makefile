@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.requirements-$(shell cat requirements.txt requirements-dev.txt | cksum | cut -d' ' -f1)
 
-.PHONY: run test lint setup notebook corpus clean
+.PHONY: run test setup notebook corpus bench clean
 
 run: $(STAMP)
 	$(BIN)/python train_arciva_assistant_local.py --base_model nano
@@ -27,6 +27,18 @@ notebook: $(STAMP)  ## execute the notebook top to bottom, stamp it and export t
 
 corpus: $(STAMP)  ## rebuild both data files from data/knowledge
 	$(BIN)/python tools/build_corpus.py
+
+bench: $(STAMP)  ## every benchmark that needs no GPU, on an idle machine; benchmarks/README.md has the results
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	$(BIN)/python benchmarks/train_cpu.py
+	$(BIN)/python benchmarks/train_cpu.py --sweep --repeats 1
+	$(BIN)/python benchmarks/train_gpu.py --shape tiny --quick
+	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/merge.py
+	$(BIN)/python benchmarks/merge.py --bases
+	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/first_step.py
+	$(BIN)/python benchmarks/leak.py
 
 clean:
 	rm -rf model_output final_merged_model reports checkpoints downloads

@@ -34,7 +34,7 @@
 #
 # This is the only cell that installs anything. Colab and RunPod ship a torch that fits their driver, so torch, numpy and pandas
 # stay as they are: a constraints file holds pip to the installed versions. An old torchao makes peft refuse to create any
-# adapter, even one that never uses it; that version goes. Outside those two, install `requirements.txt` once and skip this cell.
+# adapter, even one that never uses it; the cell uninstalls it. Outside those two, install `requirements.txt` once and skip this cell.
 
 # %% tags=["active-ipynb", "skip-execution"]
 # import contextlib
@@ -60,11 +60,12 @@
 # %% [markdown]
 # ## 2. Library Imports & Global Configuration
 #
-# All knobs live in one frozen `Config`; nothing below reads a global. A *profile* is a set of values for one size of base model,
+# All knobs live in one frozen `Config` that functions are given. A *profile* is a set of values for one size of base model,
 # never another code path: the nano run does exactly what the 7B run does.
 
 # %%
 import contextlib
+import errno
 import gc
 import hashlib
 import html
@@ -115,6 +116,7 @@ from transformers import (
     EarlyStoppingCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_utils import rotate_checkpoints
@@ -311,14 +313,27 @@ def detect_hardware() -> Hardware:
 def hub_reachable(model: str) -> bool:
     """Whether the hub can deliver `model`: its files are cached, or the hub answers within five seconds."""
     from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(try_to_load_from_cache(model, "config.json"), str):
         return True
     try:
         HfApi().model_info(model, timeout=5)
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status in (401, 403):  # not offline: another model would be trained for want of a valid token
+            raise ArcivaError(
+                f"the hub refuses {model} ({status}); renew or remove HF_TOKEN, or accept the model's terms on its page"
+            ) from error
+        return False
     except Exception:  # the hub's client raises a dozen kinds of network error; all mean the same here
         return False
     return True
+
+
+def is_nano(base_model: str) -> bool:
+    """Whether a base is the embedded one, which proves the pipeline and not the assistant."""
+    return Path(base_model).name == Path(PROFILES["nano"]).name
 
 
 def choose_profile(
@@ -332,8 +347,7 @@ def choose_profile(
     if requested in PROFILES:
         return requested, PROFILES[requested], f"{requested!r} was asked for"
     if requested != "auto":
-        small = Path(requested).name == "nano_base"
-        return ("nano" if small else "full"), requested, "named by the configuration"
+        return ("nano" if is_nano(requested) else "full"), requested, "named by the configuration"
     if hardware.device == "cpu" and not use_debug_model:
         return "nano", PROFILES["nano"], "no GPU: the embedded base proves the pipeline, not the assistant"
     if use_debug_model:
@@ -355,6 +369,12 @@ def configure(hardware: Hardware, **overrides) -> tuple[Config, str]:
         raise ArcivaError(f"unknown settings {unknown}; expected some of {[f.name for f in fields(Config)]}")
     asked = Config(**overrides)
     profile, base_model, reason = choose_profile(asked.base_model, asked.use_debug_model, hardware)
+    if base_model == PROFILES["nano"] and not Path(base_model).is_dir():
+        base_model = str(REPOSITORY / base_model)
+        if not Path(base_model).is_dir():
+            raise ArcivaError(
+                f"no {PROFILES['nano']} here ({reason}); clone the repository beside the notebook, or choose a GPU and a base model on the hub"
+            )
     config = replace(Config(**PRESETS[profile]), **{**overrides, "base_model": base_model})
     check_config(config)
     return config, f"{base_model} ({profile}): {reason}"
@@ -362,16 +382,11 @@ def configure(hardware: Hardware, **overrides) -> tuple[Config, str]:
 
 def check_config(config: Config) -> None:
     """Refuse values that would fail later, or worse, not fail."""
-    for name in (
-        "rank",
-        "alpha",
-        "epochs",
-        "learning_rate",
-        "pairs_per_step",
-        "row_tokens",
-        "max_length",
-        "max_new_tokens",
-    ):
+    numbers = (
+        "rank alpha epochs learning_rate pairs_per_step row_tokens max_length max_new_tokens evaluations_per_epoch patience"
+        " log_every generation_batch max_eval_rows"
+    )
+    for name in numbers.split():
         if getattr(config, name) <= 0:
             raise ArcivaError(f"{name} is {getattr(config, name)}, expected a number above 0")
     if config.resume not in ("auto", "never"):
@@ -384,6 +399,39 @@ def check_config(config: Config) -> None:
             f"pairs_per_step ({config.pairs_per_step}) must be a multiple of micro_batch_pairs ({config.micro_batch_pairs or 'any'})"
             f" times the number of processes ({processes})"
         )
+
+
+def thresholds(config: Config) -> dict[str, float]:
+    """The thresholds that are set, by the setting's name."""
+    return {k: v for k, v in asdict(config).items() if k.startswith("min_") and v is not None}
+
+
+def folder_of(reports: str) -> Path:
+    """A reports folder, named itself or by a file in it."""
+    return Path(reports).parent if Path(reports).is_file() else Path(reports)
+
+
+def check_acceptance(config: Config) -> None:
+    """Refuse, before any training, an acceptance that could not be decided after it."""
+    if {"min_checklists", "min_balanced_accuracy"} & set(thresholds(config)) and not suite_files():
+        raise ArcivaError(
+            "no suites in data/suites, expected them for the thresholds on suites; bring them or drop those"
+        )
+    if config.compare_to is None:
+        return
+    if not (folder_of(config.compare_to) / "predictions.jsonl").is_file():
+        raise ArcivaError(
+            f"no predictions.jsonl in {config.compare_to}: expected the reports folder of an accepted model"
+        )
+    if folder_of(config.compare_to).resolve() == Path(config.reports_dir).resolve():
+        raise ArcivaError(
+            f"compare_to is this run's own {config.reports_dir}, which evaluation overwrites; keep the accepted reports elsewhere"
+        )
+
+
+def suite_files(folder: str = "data/suites") -> list[Path]:
+    """The suites below the working directory or, where there are none, beside the module."""
+    return sorted(Path(folder).glob("*.jsonl")) or sorted((REPOSITORY / folder).glob("*.jsonl"))
 
 
 # %% [markdown]
@@ -428,7 +476,8 @@ def process_rank() -> tuple[int, int]:
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file under its final name only when it is whole."""
     path = Path(path)
-    staging = path.with_name(f".{path.name}.unfinished")
+    rank = process_rank()[0]  # several processes may write the same file at once
+    staging = path.with_name(f".{path.name}.{f'{rank}.' if rank else ''}unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         staging.write_text(text, encoding="utf-8")
@@ -470,9 +519,12 @@ def quieten_libraries() -> None:
 # PAIRS_PER_STEP = None
 # MICRO_BATCH_PAIRS = None  # pairs per forward pass; None derives it from free memory
 # LOG_EVERY = None  # optimiser steps
+# THRESHOLDS = {}  # what must hold before anything is merged, as {"min_rouge_l": 0.4, "compare_to": "accepted/reports"}
 # OUTPUT_DIR = "model_output"
 # MERGED_DIR = "final_merged_model"
 # REPORTS_DIR = "reports"
+# CHECKPOINT_DIR = "checkpoints"  # on Colab a Drive path outlives the machine
+# RESUME = "auto"  # go on from an interrupted run of these settings, or "never"
 
 # %% tags=["active-ipynb"]
 # quieten_libraries()
@@ -491,7 +543,11 @@ def quieten_libraries() -> None:
 #     output_dir=OUTPUT_DIR,
 #     merged_dir=MERGED_DIR,
 #     reports_dir=REPORTS_DIR,
+#     checkpoint_dir=CHECKPOINT_DIR,
+#     resume=RESUME,
+#     **THRESHOLDS,
 # )
+# check_acceptance(config)
 # seed_everything(config.seed)
 
 # %% tags=["active-ipynb"]
@@ -587,59 +643,8 @@ class Example:
         return next(m["content"] for m in reversed(self.messages) if m["role"] == "user")
 
 
-GERMAN = set(
-    [
-        "der",
-        "die",
-        "das",
-        "und",
-        "ist",
-        "nicht",
-        "ich",
-        "wie",
-        "ein",
-        "eine",
-        "kann",
-        "wo",
-        "du",
-        "für",
-        "mit",
-        "auf",
-        "zu",
-        "den",
-        "im",
-        "es",
-        "warum",
-        "gibt",
-        "was",
-    ]
-)
-ENGLISH = set(
-    [
-        "the",
-        "a",
-        "and",
-        "is",
-        "not",
-        "i",
-        "how",
-        "can",
-        "where",
-        "you",
-        "for",
-        "with",
-        "on",
-        "to",
-        "in",
-        "it",
-        "why",
-        "what",
-        "does",
-        "do",
-        "my",
-        "of",
-    ]
-)
+GERMAN = set("der die das und ist nicht ich wie ein eine kann wo du für mit auf zu den im es warum gibt was".split())
+ENGLISH = set("the a and is not i how can where you for with on to in it why what does do my of".split())
 
 
 def guess_language(text: str) -> str:
@@ -687,7 +692,9 @@ def fetch(source: str, folder: Path = Path("downloads")) -> Path:
             )
         return path
     target = folder / (hashlib.sha256(source.encode()).hexdigest()[:12] + ".jsonl")
-    if not target.exists():
+    if target.exists():
+        print(f"{source}: the copy in {target} is used; delete it to fetch again")
+    else:
         try:
             with urllib.request.urlopen(source, timeout=30) as response:
                 write_atomic(target, response.read().decode("utf-8"))
@@ -717,7 +724,11 @@ def load_examples(sources: str) -> tuple[list[Example], Counter]:
     examples, verdicts, problems, seen = [], Counter(), [], {}
     for source in (s.strip() for s in sources.split(",") if s.strip()):
         path = fetch(source)
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        try:
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise ArcivaError(f"{path} is not UTF-8 at byte {error.start}; save it in that encoding") from error
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
@@ -747,7 +758,7 @@ def load_examples(sources: str) -> tuple[list[Example], Counter]:
 
 # %% [markdown]
 # A product assistant is asked two different things. *Rephrased*: something it was taught, in words it has not seen. *Unseen*:
-# something it was never taught, where the right behaviour is not to know. A random split mixes them up and, worse, puts
+# something it was never taught, where the right behaviour is not to know. A random split mixes them up and puts
 # near-copies of one question on both sides. So whole families of facts are held out for *unseen*, single wordings for
 # *rephrased*, and a training row whose wording nearly repeats a held-out one is set aside.
 #
@@ -867,10 +878,10 @@ def split_examples(examples: Sequence[Example], seed: int) -> tuple[datasets.Dat
     examples = sorted(examples, key=lambda e: e.id)
     sides = assign_sides(examples, seed)
     pairs = near_duplicates([e.question for e in examples])
-    taught = {f for e, side in zip(examples, sides, strict=True) if side == "train" for f in e.fact_ids}
     held_out = {i for i, side in enumerate(sides) if side != "train"}
     # The training row gives way: a held-out row keeps its side whatever is added later.
     aside = {i for pair in pairs if len(held_out & set(pair)) == 1 for i in pair if i not in held_out}
+    taught = {f for i, e in enumerate(examples) if i not in held_out | aside for f in e.fact_ids}
     novelty = []
     for i, (example, side) in enumerate(zip(examples, sides, strict=True)):
         known = sum(f in taught for f in example.fact_ids)
@@ -913,7 +924,8 @@ def split_examples(examples: Sequence[Example], seed: int) -> tuple[datasets.Dat
 # )
 
 # %% [markdown]
-# The last two lines are why the split is not random: the share of held-out rows that a random split would have given away.
+# The last line is why the split is not random: the share of held-out rows whose very answer a random split would have given away.
+# Near-copies were weeded out while this corpus was written; collected data usually has some, and the line above would show them.
 # Topics and languages follow by the law of large numbers, as far as whole families allow; the table shows how far.
 
 # %% tags=["active-ipynb"]
@@ -1055,6 +1067,12 @@ def encode_split(tokenizer, dataset: datasets.Dataset, max_length: int) -> tuple
     return encoded, indices, too_long
 
 
+def name_too_long(too_long: Sequence[str], what: str, max_length: int) -> None:
+    """Print which rows are left out, if any."""
+    if too_long:
+        print(f"{len(too_long)} {what} rows exceed {max_length} tokens and are left out: {', '.join(too_long[:5])}")
+
+
 # %% tags=["active-ipynb"]
 # tokenizer = load_tokenizer(config.base_model, config.revision)
 # train_encoded, _, too_long = encode_split(tokenizer, splits["train"], config.max_length)
@@ -1156,13 +1174,19 @@ def freeze(model):
 
 @contextlib.contextmanager
 def evaluation_precision(model, hardware: Hardware) -> Iterator[None]:
-    """fp32 on a CPU, where 16-bit rounding would make an answer depend on its neighbours in the batch; autocast on a GPU."""
-    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)] if hardware.device == "cpu" else []
+    """fp32 on a CPU, where 16-bit rounding would make an answer depend on its neighbours in the batch.
+
+    On a GPU the format of what is not quantised: a merged fp16 model must not be judged in bf16, which overflows later.
+    """
+    if hardware.device != "cpu":
+        with torch.autocast(hardware.device, dtype=unwrap(model).get_input_embeddings().weight.dtype):
+            yield
+        return
+    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
     for layer in layers:
         layer.compute_dtype = torch.float32
     try:
-        with contextlib.nullcontext() if hardware.device == "cpu" else hardware.autocast():
-            yield
+        yield
     finally:
         for layer in layers:
             layer.compute_dtype = hardware.dtype
@@ -1237,6 +1261,7 @@ def activation_bytes(
     return tokens * blocks + supervised * shape.vocab_size * (element + 4 + 4)
 
 
+# %%
 def weight_bytes(shape, hardware: Hardware, rank: int) -> tuple[float, float]:
     """(base, training): bytes of the 4-bit base; and of adapter, gradients and Adam's two moments in fp32 with 16-bit copies.
 
@@ -1295,6 +1320,7 @@ def plan_memory(
     )
 
 
+# %%
 def free_memory_gib(hardware: Hardware) -> float:
     """Memory that is free now: of the GPU, or of the machine."""
     if hardware.device == "cuda":
@@ -1309,6 +1335,8 @@ def free_memory_gib(hardware: Hardware) -> float:
 
 def plan_for(shape, encoded: Sequence[Encoded], config: Config, hardware: Hardware, *, loaded: bool) -> MemoryPlan:
     """The memory plan for a model's shape and the pairs it will see, before or after its weights are loaded."""
+    if not encoded:
+        raise ArcivaError(f"every training row exceeds {config.max_length} tokens; raise max_length")
     base, training = weight_bytes(shape, hardware, config.rank)
     tokens = sum(len(item.input_ids) for item in encoded)
     return plan_memory(
@@ -1323,6 +1351,14 @@ def plan_for(shape, encoded: Sequence[Encoded], config: Config, hardware: Hardwa
     )
 
 
+# %%
+def release_memory() -> None:
+    """Hand back what deleted models held on the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def smaller_plan(plan: MemoryPlan, config: Config) -> MemoryPlan:
     """The next plan after an out-of-memory error: checkpointing first, then half the micro-batch."""
     if not plan.gradient_checkpointing:
@@ -1335,24 +1371,38 @@ def smaller_plan(plan: MemoryPlan, config: Config) -> MemoryPlan:
     return replace(plan, micro_batch_pairs=smaller[-1])
 
 
-def plan_of_checkpoint(checkpoint: Path, plan: MemoryPlan) -> MemoryPlan:
-    """`plan` with the cut that the checkpoint's run used: another order of summation would change the last bits."""
+def plan_of_checkpoint(checkpoint: Path, plan: MemoryPlan, share: int) -> MemoryPlan:
+    """`plan` with the cut that the checkpoint's run used: another order of summation would change the last bits.
+
+    Where a process's `share` of a step's pairs cannot be cut like that, because there are other processes now, the plan stays.
+    """
     cut = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["micro_batch"]
+    if share % cut["pairs"]:
+        return plan
     return replace(plan, micro_batch_pairs=cut["pairs"], gradient_checkpointing=cut["checkpointing"])
+
+
+def agreed_plan(plan: MemoryPlan, hardware: Hardware) -> MemoryPlan:
+    """The most careful plan of all processes: with different cuts of a step they would wait for each other for ever."""
+    if process_rank()[1] == 1:
+        return plan
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    PartialState(cpu=hardware.device == "cpu")
+    return min(gather_object([plan]), key=lambda p: (not p.gradient_checkpointing, p.micro_batch_pairs))
 
 
 # %% tags=["active-ipynb"]
 # print(plan_for(model_shape(config, hardware), train_encoded, config, hardware, loaded=False))
 
-# %% tags=["active-ipynb"]
-# model = add_adapter(load_base_model(config, hardware), config)
-# model.print_trainable_parameters()
-# print(f"{'4-bit layers':<14}{sum(isinstance(m, bnb.nn.Linear4bit) for m in model.modules())}")
-# print(f"{'memory':<14}{model.get_memory_footprint() / 2**20:,.0f} MiB for weights and adapter")
 
 # %% [markdown]
-# Pairs here are some 60 tokens short, and a 4-bit layer is dequantised once per pass, not per token: feeding pairs one by one, or
-# padded, wastes most of the hardware. The pairs of a micro-batch are packed into a few rows of equal load instead. Position ids
+# The line says how an optimiser step is cut: pairs that go through the model together, whether activations are recomputed to save
+# memory, and what both are estimated to need of what is free.
+#
+# Pairs here are short, and a 4-bit layer is dequantised once per pass, not per token: feeding pairs one by one, or
+# padded, leaves most of the hardware idle. The pairs of a micro-batch are packed into a few rows of equal load instead. Position ids
 # restart at every pair, from which transformers derives the block-diagonal mask. It does so **only without an attention
 # mask and without a cache**; either one silently lets neighbours see each other.
 
@@ -1402,8 +1452,8 @@ def collate_packed(batch: Sequence[Encoded], row_tokens: int, pad_id: int) -> di
 # )
 
 # %% [markdown]
-# The head turns every hidden state into one logit per vocabulary entry, and most of them would carry no loss. A hook lets only the
-# supervised positions through. The loss is the sum over supervised tokens divided by their number **in the whole optimiser
+# The head turns every hidden state into one logit per vocabulary entry, and most of them would carry no loss. A hook passes only the
+# supervised positions to the head. The loss is the sum over supervised tokens divided by their number **in the whole optimiser
 # step**: averaging per micro-batch would weigh short answers more (the gradient-accumulation bug that many trainers had).
 
 
@@ -1507,7 +1557,8 @@ class AnswerTrainer(Trainer):
         for novelty, encoded in self.held_out.items():
             losses = score_losses(self.model, encoded, self.hardware, row_tokens=self.row_tokens, pad_id=self.pad_id)
             metrics[f"{metric_key_prefix}_{novelty}"] = math.log(perplexity(losses))
-        metrics[f"{metric_key_prefix}_loss"] = metrics[f"{metric_key_prefix}_rephrased"]
+        halves = [metrics.get(f"{metric_key_prefix}_{name}") for name in ("rephrased", "unseen")]
+        metrics[f"{metric_key_prefix}_loss"] = next(loss for loss in halves if loss is not None)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -1531,7 +1582,9 @@ class AnswerTrainer(Trainer):
         if not best.exists() and not self.args.should_save:
             return  # another machine keeps the checkpoints, and its first process goes on alone
         if not (best / COMPLETE).exists():
-            raise ArcivaError(f"the best checkpoint {best} is gone, expected it until training ends; train again")
+            raise ArcivaError(
+                f"the best checkpoint {best} is gone, expected it until training ends; train again with resume=never"
+            )
         super()._load_best_model()
 
 
@@ -1644,33 +1697,38 @@ class TrainingResult:
 
     history: list[dict]  # one dict per logged point: step, epoch, and loss or eval_*
     best_step: int
-    best_loss: float  # held-out loss on rephrased questions, nats per answer token
+    best_loss: float  # held-out loss on rephrased questions (unseen ones where there are none), nats per answer token
     steps: int
     seconds: float
     tokens_per_second: float  # prompt and answer tokens, no padding
     resumed_from: int  # optimiser step, 0 for a fresh run
     plan: MemoryPlan
+    checkpoints: Path  # of this run, to be removed once the adapter is saved
+
+
+def base_fingerprint(base_model: str) -> str | None:
+    """Hash of a local base's config and weight headers, by which an adapter recognises its base; None for a hub id."""
+    if not Path(base_model).is_dir():
+        return None
+    digest = hashlib.sha256((Path(base_model) / "config.json").read_bytes())
+    for file in sorted(Path(base_model).glob("*.safetensors")):
+        with file.open("rb") as stream:
+            digest.update(stream.read(1 << 20))
+    return digest.hexdigest()[:16]
 
 
 def run_fingerprint(config: Config, encoded: Sequence[Encoded]) -> str:
     """Names a training run by what determines its weights: data, settings and package versions."""
-    irrelevant = {
-        "report_to",
-        "resume",
-        "max_new_tokens",
-        "generation_batch",
-        "max_eval_rows",
-        "merge_base",
-        "log_every",
-        "data",
-        "compare_to",
-    }
+    irrelevant = set(
+        "report_to resume max_new_tokens generation_batch max_eval_rows merge_base log_every data compare_to".split()
+    )
     settings = {
         k: v
         for k, v in asdict(config).items()
         if k not in irrelevant and not k.endswith("_dir") and not k.startswith("min_")
     }
-    digest = hashlib.sha256(json.dumps([settings, package_versions()], sort_keys=True).encode())
+    base = base_fingerprint(config.base_model)
+    digest = hashlib.sha256(json.dumps([settings, package_versions(), base], sort_keys=True).encode())
     for item in encoded:
         digest.update(np.array(item.input_ids + item.labels, dtype=np.int64).tobytes())
     return digest.hexdigest()[:12]
@@ -1684,7 +1742,7 @@ def training_arguments(
     _, processes = process_rank()
     steps = math.ceil(steps_per_epoch * config.epochs)
     every = max(1, min(steps, steps_per_epoch // config.evaluations_per_epoch))
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=plan.micro_batch_pairs,
         gradient_accumulation_steps=config.pairs_per_step // processes // plan.micro_batch_pairs,
@@ -1718,21 +1776,71 @@ def training_arguments(
         report_to=config.report_to,
         seed=config.seed,
     )
+    # A process has one GPU. Left alone, the Trainer multiplies the batch by all it sees, and a 4-bit model uses one of them.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 # %%
 def encode_held_out(tokenizer, dataset: datasets.Dataset, max_length: int) -> dict[str, list[Encoded]]:
-    """The validation side's pairs by novelty; each half must have some."""
-    encoded, indices, _ = encode_split(tokenizer, dataset, max_length)
+    """The validation side's pairs by novelty; a half that has none is left out, and named."""
+    encoded, indices, too_long = encode_split(tokenizer, dataset, max_length)
+    name_too_long(too_long, "validation", max_length)
     halves = {"rephrased": [], "unseen": []}
     for item, i in zip(encoded, indices, strict=True):
         halves[dataset[i]["novelty"]].append(item)
-    missing = [name for name, items in halves.items() if not items]
-    if missing:
-        raise ArcivaError(
-            f"no held-out {' or '.join(missing)} rows of at most {max_length} tokens; add data or raise max_length"
+    if not encoded:
+        raise ArcivaError(f"no validation rows of at most {max_length} tokens; add data or raise max_length")
+    if not halves["rephrased"]:
+        print(
+            "no held-out question asks for what training teaches, so the best checkpoint is the best on unseen ones; "
+            "rows that rest on the same knowledge should have the same fact_ids"
         )
-    return halves
+    return {name: items for name, items in halves.items() if items}
+
+
+def ended(checkpoint: Path, patience: int) -> TrainerState | None:
+    """The state of a run whose training was over with this checkpoint; None where there is more to do."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    stopper = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+    stopped = stopper.get("early_stopping_patience_counter", 0) >= patience
+    return state if stopped or state.global_step >= state.max_steps else None
+
+
+def train_until_it_fits(
+    make_trainer: Callable[[MemoryPlan], AnswerTrainer], model, plan: MemoryPlan, folder: Path, config: Config
+) -> tuple[AnswerTrainer, MemoryPlan, int]:
+    """(trainer after training, plan that fitted, step that a former run had reached); goes on from the newest checkpoint.
+
+    Each time memory runs out, the next smaller plan goes on from the newest checkpoint, or from the untrained adapter.
+    """
+    untrained = {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+    checkpoint = newest_checkpoint(folder) if config.resume == "auto" else None
+    resumed_from = step_number(checkpoint)
+    if checkpoint:
+        plan = plan_of_checkpoint(checkpoint, plan, config.pairs_per_step // process_rank()[1])
+    while True:
+        trainer = make_trainer(plan)
+        if checkpoint:
+            print(f"going on from step {step_number(checkpoint):,} of an interrupted run ({checkpoint})")
+            if state := ended(checkpoint, config.patience):
+                trainer.state = state
+                trainer._load_best_model()
+                return trainer, plan, resumed_from
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            return trainer, plan, resumed_from
+        except torch.OutOfMemoryError:
+            if process_rank()[1] > 1:  # the others wait for this one's gradients
+                raise
+        # Outside the except block, whose traceback would keep the failed step's tensors alive.
+        plan = smaller_plan(plan, config)
+        print(f"out of memory: going on with {plan}")
+        model.load_state_dict(untrained, strict=False)
+        model.zero_grad()
+        del trainer
+        release_memory()
+        checkpoint = newest_checkpoint(folder)
 
 
 def train_adapter(
@@ -1746,29 +1854,19 @@ def train_adapter(
 ) -> TrainingResult:
     """Train the adapter of `model` on the training split and leave the best held-out one in it.
 
-    Checkpoints go to `checkpoint_dir/<run_fingerprint>/checkpoint-<step>`; raises `Interrupted` after a SIGTERM.
+    Checkpoints go to `checkpoint_dir/<run_fingerprint>/checkpoint-<step>` and stay until `save_adapter` has written the result;
+    raises `Interrupted` after a SIGTERM.
     """
     train_encoded, _, too_long = encode_split(tokenizer, splits["train"], config.max_length)
-    if too_long:
-        print(
-            f"{len(too_long)} training rows exceed {config.max_length} tokens and are left out: {', '.join(too_long[:5])}"
-        )
-    if not train_encoded:
-        raise ArcivaError(f"every training row exceeds {config.max_length} tokens; raise max_length")
-    rank, processes = process_rank()
-    plan = plan_for(unwrap(model).config, train_encoded, config, hardware, loaded=True)
+    name_too_long(too_long, "training", config.max_length)
     folder = Path(config.checkpoint_dir) / run_fingerprint(config, train_encoded)
-    if config.resume == "never" and rank == 0:
+    if config.resume == "never" and process_rank()[0] == 0:
         shutil.rmtree(folder, ignore_errors=True)
-    live, stop = LossHistory(live=running_in_notebook()), StopOnSignal()
-    untrained = {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+    plan = agreed_plan(plan_for(unwrap(model).config, train_encoded, config, hardware, loaded=True), hardware)
     held_out = encode_held_out(tokenizer, splits["validation"], config.max_length)
-    started, resumed_from = time.perf_counter(), step_number(newest_checkpoint(folder))
-    while True:
-        checkpoint = newest_checkpoint(folder)
-        if checkpoint:
-            print(f"going on from step {step_number(checkpoint):,} of an interrupted run ({checkpoint})")
-            plan = plan_of_checkpoint(checkpoint, plan)
+    live, stop = LossHistory(live=running_in_notebook()), StopOnSignal()
+
+    def make_trainer(plan: MemoryPlan) -> AnswerTrainer:
         trainer = AnswerTrainer(
             model=model,
             args=training_arguments(config, hardware, plan, folder, len(train_encoded), bars=not live.live),
@@ -1783,51 +1881,40 @@ def train_adapter(
         )
         if live.live:
             trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
-        try:
-            with stop:
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            break
-        except torch.OutOfMemoryError:
-            if processes > 1:  # the others wait for this one's gradients
-                raise
-        # Outside the except block, whose traceback would keep the failed step's tensors alive.
-        plan = smaller_plan(plan, config)
-        print(f"out of memory: going on with {plan}")
-        model.load_state_dict(untrained, strict=False)
-        model.zero_grad()
-        del trainer
-        release_memory()
-    if stop.received and trainer.state.global_step < trainer.state.max_steps:
+        return trainer
+
+    started = time.perf_counter()
+    with stop:
+        trainer, plan, resumed_from = train_until_it_fits(make_trainer, model, plan, folder, config)
+    state = trainer.state
+    if stop.received and state.global_step < state.max_steps:
         raise Interrupted(
-            f"stopped by SIGTERM at step {trainer.state.global_step:,} of {trainer.state.max_steps:,}; the same command goes on from there"
+            f"stopped by SIGTERM at step {state.global_step:,} of {state.max_steps:,}; the same command goes on from there"
         )
-    if trainer.state.best_model_checkpoint is None and rank == 0:
-        raise ArcivaError(
-            f"the best checkpoint of this run is gone from {folder}, expected it until training ends; train again"
-        )
-    seconds, state = time.perf_counter() - started, trainer.state
-    tokens = (
-        sum(len(item.input_ids) for item in train_encoded)
-        * (state.global_step - resumed_from)
-        * config.pairs_per_step
-        / len(train_encoded)
-    )
+    if state.best_model_checkpoint is None and process_rank()[0] == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # or the same command would go on to the same end
+        raise ArcivaError("training diverged: no held-out loss was a number; train again with a lower learning_rate")
+    seconds, steps = time.perf_counter() - started, state.global_step - resumed_from
+    mean_tokens = sum(len(item.input_ids) for item in train_encoded) / len(train_encoded)
     trainer.accelerator.wait_for_everyone()
-    if rank == 0:  # the best adapter is in every process's model; what is left would only be resumed by mistake
-        shutil.rmtree(folder, ignore_errors=True)
     return TrainingResult(
-        live.history,
-        state.best_global_step or state.global_step,
-        state.best_metric,
-        state.global_step,
-        seconds,
-        tokens / seconds,
-        resumed_from,
-        plan,
+        history=[h for h in state.log_history if "loss" in h or "eval_loss" in h],
+        best_step=state.best_global_step or state.global_step,
+        best_loss=state.best_metric,
+        steps=state.global_step,
+        seconds=seconds,
+        tokens_per_second=mean_tokens * steps * config.pairs_per_step / seconds,
+        resumed_from=resumed_from,
+        plan=plan,
+        checkpoints=folder,
     )
 
 
 # %% tags=["active-ipynb"]
+# model = add_adapter(load_base_model(config, hardware), config)
+# print(f"{sum(isinstance(m, bnb.nn.Linear4bit) for m in model.modules())} layers in 4 bits", end=", ")
+# print(f"{model.get_memory_footprint() / 2**20:,.0f} MiB for weights and adapter; ", end="")
+# model.print_trainable_parameters()
 # training = train_adapter(model, tokenizer, splits, config, hardware)
 
 # %% tags=["active-ipynb"]
@@ -1855,10 +1942,21 @@ def data_fingerprint(splits: datasets.DatasetDict) -> str:
     return digest.hexdigest()[:16]
 
 
+def check_split(splits: datasets.DatasetDict, config: Config) -> None:
+    """Refuse to judge an adapter on another split than it was trained on: what is held out here it may have read."""
+    if read_manifest(config.output_dir)["data_fingerprint"] != data_fingerprint(splits):
+        raise ArcivaError(
+            f"the adapter in {config.output_dir} was trained on other data or with another seed than {config.data}, seed {config.seed}; name its own"
+        )
+
+
 def save_adapter(
     model: PeftModel, tokenizer, training: TrainingResult, splits: datasets.DatasetDict, config: Config
 ) -> Path:
-    """Write adapter, tokenizer with its chat template, and manifest to `output_dir`, all or nothing."""
+    """Write adapter, tokenizer with its chat template, and manifest to `output_dir`, all or nothing.
+
+    The run's checkpoints go then: what is left of them would only be resumed by mistake.
+    """
     with atomic_folder(Path(config.output_dir)) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -1870,21 +1968,17 @@ def save_adapter(
             "base_revision": getattr(unwrap(model).config, "_commit_hash", None),
             "base_fingerprint": base_fingerprint(config.base_model),
             "quantized_from": str(detect_hardware().load_dtype).removeprefix("torch."),
-            "training": {k: v for k, v in asdict(training).items() if k != "history"},
+            "training": {k: v for k, v in asdict(training).items() if k not in ("history", "checkpoints")},
         }
         write_atomic(folder / "manifest.json", json.dumps(manifest, indent=2))
+    shutil.rmtree(training.checkpoints, ignore_errors=True)
     return Path(config.output_dir)
 
 
-def base_fingerprint(base_model: str) -> str | None:
-    """Hash of a local base's config and weight headers, by which an adapter recognises its base; None for a hub id."""
-    if not Path(base_model).is_dir():
-        return None
-    digest = hashlib.sha256((Path(base_model) / "config.json").read_bytes())
-    for file in sorted(Path(base_model).glob("*.safetensors")):
-        with file.open("rb") as stream:
-            digest.update(stream.read(1 << 20))
-    return digest.hexdigest()[:16]
+def adapter_fingerprint(output_dir: str) -> str | None:
+    """Hash of the adapter's weights, by which a report knows whom it judges; None where there is none."""
+    file = Path(output_dir) / "adapter_model.safetensors"
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else None
 
 
 def write_loss(history: Sequence[dict], reports_dir: str) -> None:
@@ -1936,8 +2030,8 @@ def load_tuned_model(config: Config, hardware: Hardware) -> tuple[PeftModel, obj
 # ## 5. Metrics
 #
 # The untuned base stands beside the tuned model in everything below: it is the same network with its adapter switched off. Answers
-# are decoded greedily and in batches. Prompts are padded on the left with explicit positions, and whoever has finished leaves the
-# batch, so that the last long answer does not drag a hundred finished ones along.
+# are decoded greedily and in batches. Prompts are padded on the left with explicit positions, and finished answers leave the
+# batch, so that one long answer does not keep the others computing.
 
 
 # %%
@@ -2035,7 +2129,8 @@ def sample_rows(dataset: datasets.Dataset, limit: int, seed: int) -> list[int]:
 
 def predict_split(model, tokenizer, dataset: datasets.Dataset, config: Config, hardware: Hardware) -> pd.DataFrame:
     """One row per example: question, reference, and for base and tuned the answer, its flags and the reference's loss."""
-    encoded, indices, _ = encode_split(tokenizer, dataset, config.max_length)
+    encoded, indices, too_long = encode_split(tokenizer, dataset, config.max_length)
+    name_too_long(too_long, "held-out or sampled", config.max_length)
     rows = [dataset[i] for i in indices]
     frame = pd.DataFrame([{k: r[k] for k in ("id", "novelty", "language", "topic", "kind", "style")} for r in rows])
     conversations = [r["messages"][:-1] for r in rows]
@@ -2253,7 +2348,7 @@ def score_group(frame: pd.DataFrame, seed: int, resamples: int) -> dict:
 
 # %%
 def score_predictions(predictions: pd.DataFrame, seed: int) -> dict:
-    """The report's figures: per held-out split and novelty, and within the test questions by language, topic and kind."""
+    """The report's figures: per held-out split and novelty, and over both held-out sides by language, topic, kind and style."""
     held_out = predictions[predictions["split"] != "train"]
     groups = {
         f"{split}/{novelty}": score_group(g, seed, 1000)
@@ -2266,8 +2361,8 @@ def score_predictions(predictions: pd.DataFrame, seed: int) -> dict:
     return {"groups": groups, "by": slices}
 
 
-def build_report(predictions: pd.DataFrame, config: Config, *, resources: dict | None = None) -> dict:
-    """`reports/metrics.json`, schema version 1.
+def build_report(predictions: pd.DataFrame, config: Config) -> dict:
+    """`reports/metrics.json`, schema version 1. `adapter` is the hash of the judged weights.
 
     `groups`: "split/novelty" → metric → {base, tuned: {value, low, high}, paired: {won, tied, lost, p_value}}; `by`: the same
     for both held-out sides together, by language, topic, kind and style (intervals there from 100 resamples, else 1,000).
@@ -2276,6 +2371,7 @@ def build_report(predictions: pd.DataFrame, config: Config, *, resources: dict |
         "schema_version": 1,
         "created": time.strftime("%Y-%m-%d %H:%M"),
         "config": asdict(config),
+        "adapter": adapter_fingerprint(config.output_dir),
         "versions": package_versions(),
         "signatures": {
             "bleu": str(BLEU.get_signature()) if BLEU.corpus_score(["a"], [["a"]]) else "",
@@ -2283,7 +2379,6 @@ def build_report(predictions: pd.DataFrame, config: Config, *, resources: dict |
             "rouge_l": f"rouge-score {importlib.metadata.version('rouge-score')}, F-measure, Unicode words, case-folded, no stemming",
         },
         "decoding": {"greedy": True, "max_new_tokens": config.max_new_tokens},
-        "resources": resources or {},
         **score_predictions(predictions, config.seed),
     }
 
@@ -2326,8 +2421,10 @@ def report_table(
 
 # %%
 def save_predictions(predictions: pd.DataFrame, report: dict, reports_dir: str) -> None:
-    """`predictions.jsonl`, `metrics.json` and `metrics.csv`."""
+    """`predictions.jsonl`, `metrics.json` and `metrics.csv`; suite results of an earlier model do not stay beside them."""
     folder = Path(reports_dir)
+    for name in ("suites.json", "suites_base.jsonl", "suites_tuned.jsonl"):
+        (folder / name).unlink(missing_ok=True)
     write_atomic(folder / "predictions.jsonl", predictions.to_json(orient="records", lines=True, force_ascii=False))
     write_atomic(folder / "metrics.json", json.dumps(report, indent=1))
     write_atomic(folder / "metrics.csv", report_table(report).to_csv())
@@ -2346,6 +2443,16 @@ def load_predictions(reports_dir: str) -> pd.DataFrame:
     )
 
 
+def load_report(reports_dir: str, *, missing_ok: bool = False) -> dict | None:
+    """`metrics.json` of an earlier evaluation."""
+    path = Path(reports_dir) / "metrics.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    if missing_ok:
+        return None
+    raise ArcivaError(f"no {path}: expected the report of an evaluation; run the evaluate stage first")
+
+
 # %% tags=["active-ipynb"]
 # save_predictions(predictions, report, config.reports_dir)
 
@@ -2353,8 +2460,8 @@ def load_predictions(reports_dir: str) -> pd.DataFrame:
 # ## 6. Evaluation Suites
 #
 # Averages hide what a support team needs to know: does it name the right button, does it hold its ground when a question assumes
-# something false? Suites are data files in `data/suites/`, each item with its own checks. Whoever has no suites beside the notebook
-# skips this section, and is told so.
+# something false? Suites are data files in `data/suites/`, each item with its own checks. Without suite
+# files beside the notebook this section is skipped, with a message.
 
 # %%
 DENIAL = {
@@ -2378,7 +2485,7 @@ class SuiteItem(BaseModel):
     language: Literal["en", "de"]
     prompt: str
     gold: str  # an answer that passes
-    expect: Literal["answer", "deny", "decline"]  # a fact, that there is none, or that it is none of our business
+    expect: Literal["answer", "deny", "decline"]  # a fact, that there is none, or that it is out of scope
     must: list[list[str]] = []  # each group needs one of its strings in the answer
     must_not: list[str] = []
     same_as: str | None = None  # invariance: must pass exactly where that item passes
@@ -2391,7 +2498,7 @@ class SuiteItem(BaseModel):
 
 def load_suites(folder: str = "data/suites") -> list[SuiteItem]:
     """Items of every suite file; an empty list, and a line that says so, where there are none."""
-    files = sorted(Path(folder).glob("*.jsonl")) or sorted((REPOSITORY / folder).glob("*.jsonl"))
+    files = suite_files(folder)
     if not files:
         print(f"no suites in {folder}: this section is skipped; the repository carries them")
     items, problems = [], []
@@ -2564,15 +2671,13 @@ def load_suite_results(reports_dir: str) -> dict[str, pd.DataFrame] | None:
 #
 # Thresholds turn the figures into a decision. None is set by default; a team sets its own, and names the reports of the model it
 # has accepted last. The comparison is paired on the questions that both have answered, and a metric counts as worse only where
-# chance explains the difference in fewer than one of twenty resamplings.
+# the paired bootstrap's p-value is below 0.05.
 
 
 # %%
 def paired_with(accepted_dir: str, config: Config) -> tuple[pd.DataFrame, list[MetricSpec]]:
     """Rephrased test questions that both models answered, with the accepted one as `base`, and the metrics that compare them."""
-    folder = Path(accepted_dir)
-    folder = folder.parent if folder.is_file() else folder
-    accepted, own = load_predictions(str(folder)), load_predictions(config.reports_dir)
+    accepted, own = load_predictions(str(folder_of(accepted_dir))), load_predictions(config.reports_dir)
     own = own.query("split == 'test' and novelty == 'rephrased'").drop(columns=["base_answer", "base_cut", "base_nll"])
     columns = {f"tuned_{part}": f"base_{part}" for part in ("answer", "cut", "nll")}
     theirs = accepted[["question", "reference", "answer_tokens", *columns]].rename(columns=columns)
@@ -2586,12 +2691,26 @@ def paired_with(accepted_dir: str, config: Config) -> tuple[pd.DataFrame, list[M
     return frame, comparable
 
 
+def report_of_adapter(config: Config, *, missing_ok: bool = False) -> dict | None:
+    """The report on the adapter in `output_dir`; another adapter's counts as none."""
+    report = load_report(config.reports_dir, missing_ok=missing_ok)
+    if report and report.get("adapter") != adapter_fingerprint(config.output_dir):
+        if missing_ok:
+            return None
+        raise ArcivaError(
+            f"the report in {config.reports_dir} judges another adapter than {config.output_dir} holds; run the evaluate stage"
+        )
+    return report
+
+
 def shortfalls(config: Config) -> list[str]:
     """Why the evaluated model must not ship, one sentence each; an empty list accepts it."""
-    asked = {k: v for k, v in asdict(config).items() if k.startswith("min_") and v is not None}
+    asked = thresholds(config)
     if not asked and not config.compare_to:
         return []
-    scores = load_report(config.reports_dir)["groups"]["test/rephrased"]
+    scores = report_of_adapter(config)["groups"].get("test/rephrased")
+    if scores is None:
+        raise ArcivaError("no rephrased test questions, expected some for the thresholds; give rows fact_ids")
     reached = {f"min_{name}": scores[name]["tuned"]["value"] for name in ("bleu", "rouge_l", "exact_match")}
     reached["min_won"] = scores["rouge_l"]["paired"]["won"] + scores["rouge_l"]["paired"]["tied"] / 2
     if {"min_checklists", "min_balanced_accuracy"} & set(asked):
@@ -2629,7 +2748,7 @@ def refuse_shortfalls(config: Config) -> None:
 
 # %% tags=["active-ipynb"]
 # refuse_shortfalls(config)
-# print("accepted by every threshold" if config.compare_to or config.min_rouge_l else "no threshold is set")
+# print("accepted by every threshold" if thresholds(config) or config.compare_to else "no threshold is set")
 
 # %% [markdown]
 # ## 7. Interactive Dashboard
@@ -2722,7 +2841,7 @@ def filter_widgets(frame: pd.DataFrame):
             chosen = chosen[text.str.contains(search.value, case=False, regex=False)]
         with output:
             output.clear_output(wait=True)
-            display(HTML_table(chosen.sort_values(order.value, ascending=not falling.value).head(25)))
+            display(styled_table(chosen.sort_values(order.value, ascending=not falling.value).head(25)))
 
     for control in (*menus.values(), order, falling, search):
         control.observe(refresh, "value")
@@ -2730,7 +2849,7 @@ def filter_widgets(frame: pd.DataFrame):
     return widgets.VBox([widgets.HBox([*menus.values()]), widgets.HBox([order, falling, search]), output])
 
 
-def HTML_table(frame: pd.DataFrame):
+def styled_table(frame: pd.DataFrame):
     """The frame as an escaped, wrapped HTML table: answers are a model's output and are never trusted."""
     from IPython.display import HTML
 
@@ -2845,7 +2964,7 @@ def dashboard_data(rated: pd.DataFrame, report: dict, suites: dict[str, pd.DataF
         for group, scores in report["groups"].items()
         for name in METRIC_LABELS
     ]
-    nano = "nano_base" in report["config"]["base_model"]
+    nano = is_nano(report["config"]["base_model"])
     return {
         "title": "Arciva assistant: base beside tuned",
         "generated": report["created"],
@@ -2886,11 +3005,11 @@ def write_dashboard(
 # show_table(chosen[SHOWN])
 
 # %% [markdown]
-# The worst rephrased answers deserve the time: an answer about a neighbouring feature asks for more wordings of that fact, one
-# that is cut off for a look at the length limit, and one that is right in other words for a second reference.
+# The worst rephrased answers deserve the time. One about a neighbouring feature: add wordings of the fact it should have found. One
+# that is cut off: look at the length limit. One that is right in other words: write it down as a second form of the answer.
 
 # %% tags=["active-ipynb"]
-# HTML_table(
+# styled_table(
 #     chosen.query("split == 'test' and novelty == 'rephrased'")[
 #         ["rank", "question", "reference", "base_answer", "tuned_answer", "tuned_rouge_l"]
 #     ]
@@ -2905,7 +3024,7 @@ def write_dashboard(
 #
 # Which $W$? The adapter learnt beside weights that had been rounded to 4 bits; adding it to the unrounded ones gives a model
 # that nobody has judged. The default repeats the rounding first, so that what is merged is what was measured;
-# `merge_base="original"` does the other, and the verification below shows the price of either.
+# `merge_base="original"` does the other, and `benchmarks/merge.py --bases` measures both.
 
 
 # %%
@@ -2963,9 +3082,18 @@ def base_shards(base_model: str, revision: str | None) -> dict[str, Path]:
         from huggingface_hub import snapshot_download
 
         folder = Path(
-            snapshot_download(base_model, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.txt"])
+            snapshot_download(
+                base_model,
+                revision=revision,
+                allow_patterns=["*.safetensors", "*.json", "*.txt"],
+                ignore_patterns=["consolidated*"],  # the same weights once more, under other names
+            )
         )
-    files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {name: folder / file for name, file in weight_map.items()}
+    files = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("consolidated"))
     if not files:
         raise ArcivaError(f"{base_model} has no safetensors files; expected a base model in that format")
     shards = {}
@@ -3036,6 +3164,24 @@ def write_safetensors(
 BLOCK_ELEMENTS = 1 << 24  # 16 M elements: 64 MiB in fp32
 
 
+def stored_shapes(shards: dict[str, Path]) -> dict[str, list[int]]:
+    """The shape of every tensor, by name and in its order."""
+    shapes = {}
+    for file in set(shards.values()):
+        with safe_open(file, "pt") as opened:
+            shapes |= {name: list(opened.get_slice(name).get_shape()) for name in shards if shards[name] == file}
+    return dict(sorted(shapes.items()))
+
+
+def read_rows(file: Path, name: str, start: int | None = None, stop: int | None = None) -> torch.Tensor:
+    """A tensor of a safetensors file, or a range of its rows.
+
+    The file is opened for each read: what was looked at through an open one stays in memory, up to the whole checkpoint.
+    """
+    with safe_open(file, "pt") as opened:
+        return opened.get_slice(name)[start:stop]
+
+
 def merge_tensors(
     shards: dict[str, Path],
     deltas: dict[str, Delta],
@@ -3045,8 +3191,7 @@ def merge_tensors(
     shard_bytes: int = 4 << 30,
 ) -> int:
     """Write the merged fp16 weights to `folder`; returns their size in bytes. `round_trip` is the format NF4 was made from."""
-    opened = {file: safe_open(file, "pt").__enter__() for file in set(shards.values())}
-    shapes = {name: list(opened[file].get_slice(name).get_shape()) for name, file in sorted(shards.items())}
+    shapes = stored_shapes(shards)
     missing = sorted(set(deltas) - set(shapes))
     if missing:
         raise ArcivaError(
@@ -3054,20 +3199,21 @@ def merge_tensors(
         )
 
     def rows_of(name: str) -> Iterator[torch.Tensor]:
-        view, shape, delta = opened[shards[name]].get_slice(name), shapes[name], deltas.get(name)
+        file, shape, delta = shards[name], shapes[name], deltas.get(name)
         if delta is not None and [delta.b.shape[0], delta.a.shape[1]] != shape:
             raise ArcivaError(
                 f"the adapter's update of {name} does not have the base's shape {shape}; it belongs to another base model"
             )
         if len(shape) < 2:
-            yield merged_rows(view[:], None, slice(0, 1), name)
+            yield merged_rows(read_rows(file, name), None, slice(0, 1), name)
             return
         step = max(1, BLOCK_ELEMENTS // math.prod(shape[1:]))
         # Double quantisation centres all block scales of a tensor, so the round trip needs the tensor whole.
-        whole = nf4_round_trip(view[:], round_trip) if delta is not None and round_trip else None
+        whole = nf4_round_trip(read_rows(file, name), round_trip) if delta is not None and round_trip else None
         for start in range(0, shape[0], step):
             rows = slice(start, min(start + step, shape[0]))
-            yield merged_rows(view[rows.start : rows.stop] if whole is None else whole[rows], delta, rows, name)
+            block = read_rows(file, name, rows.start, rows.stop) if whole is None else whole[rows]
+            yield merged_rows(block, delta, rows, name)
 
     groups = plan_shards(shapes, shard_bytes)
     weight_map, total = {}, sum(2 * math.prod(s) for s in shapes.values())
@@ -3084,7 +3230,7 @@ def merge_tensors(
 
 
 # %%
-def merge_adapter(config: Config, *, extra: dict | None = None) -> Path:
+def merge_adapter(config: Config) -> Path:
     """`output_dir` + base → `merged_dir`: fp16 weights, config, tokenizer and manifest, all or nothing."""
     manifest = read_manifest(config.output_dir)
     deltas, base_model = load_deltas(config.output_dir), manifest["base_model"]
@@ -3094,8 +3240,9 @@ def merge_adapter(config: Config, *, extra: dict | None = None) -> Path:
             f"{base_model} is not the base that {config.output_dir} was trained on; restore that base or train again"
         )
     shards = base_shards(base_model, manifest.get("base_revision") or config.revision)
-    elements = sum(math.prod(safe_open(f, "pt").__enter__().get_slice(n).get_shape()) for n, f in shards.items())
-    free = shutil.disk_usage(Path(config.merged_dir).absolute().parent).free
+    elements = sum(math.prod(shape) for shape in stored_shapes(shards).values())
+    parents = Path(config.merged_dir).absolute().parents
+    free = shutil.disk_usage(next(folder for folder in parents if folder.exists())).free
     if free < 2.05 * elements:
         raise ArcivaError(
             f"merging needs {2.05 * elements / 2**30:.1f} GiB on disk and {free / 2**30:.1f} GiB are free; free some or set merged_dir elsewhere"
@@ -3114,7 +3261,6 @@ def merge_adapter(config: Config, *, extra: dict | None = None) -> Path:
                 "bytes": size,
                 "tensors": len(shards),
                 "merged_tensors": len(deltas),
-                **(extra or {}),
             },
         }
         write_atomic(folder / "manifest.json", json.dumps(merged, indent=2))
@@ -3128,7 +3274,7 @@ def merge_adapter(config: Config, *, extra: dict | None = None) -> Path:
 # print(*sorted(f"{p.stat().st_size / 2**20:8.2f} MiB  {p}" for p in merged_folder.iterdir()), sep="\n")
 
 # %% [markdown]
-# A merge that nobody compares is a hope. The merged folder is loaded the way a user would, without peft or bitsandbytes, and answers
+# A merge must be checked. The merged folder is loaded the way a user would, without peft or bitsandbytes, and answers
 # held-out questions beside the live adapter model: the largest difference between their next-token distributions, the share of equal
 # greedy answers, and both perplexities. The figures go into the manifest.
 
@@ -3168,6 +3314,10 @@ def measure_model(model, tokenizer, rows: Sequence[dict], config: Config, hardwa
 
 def compare_models(live: dict, merged: dict) -> dict:
     """How far a merged model is from the live one it was made of."""
+    if not math.isfinite(merged["perplexity"]):
+        raise ArcivaError(
+            "the merged model's perplexity is not a number: its activations overflow fp16; ship the adapter with its base instead"
+        )
     kl = F.kl_div(merged["logits"], live["logits"], log_target=True, reduction="none").sum(-1)
     equal = [a == b for a, b in zip(live["answers"], merged["answers"], strict=True)]
     return {
@@ -3199,17 +3349,9 @@ def load_merged_model(config: Config, hardware: Hardware):
     return model.eval(), load_tokenizer(config.merged_dir)
 
 
-def release_memory() -> None:
-    """Hand back what deleted models held on the GPU."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def verification_rows(splits: datasets.DatasetDict, config: Config, count: int = 60) -> list[dict]:
     """Held-out test rows on which merged and live model are compared."""
-    rows = [splits["test"][i] for i in sample_rows(splits["test"], count, config.seed)]
-    return [r for r in rows if r["messages"]]
+    return [splits["test"][i] for i in sample_rows(splits["test"], count, config.seed)]
 
 
 # %%
@@ -3258,7 +3400,7 @@ def write_model_card(config: Config, report: dict | None) -> None:
     )
     nano = (
         "\nThe nano base proves the pipeline, not the assistant: do not use these weights to answer anybody.\n"
-        if "nano_base" in manifest["base_model"]
+        if is_nano(manifest["base_model"])
         else ""
     )
     table = markdown_table(report)
@@ -3280,6 +3422,8 @@ def write_model_card(config: Config, report: dict | None) -> None:
 # live = measure_model(model, tokenizer, rows, config, hardware)
 # del model  # a GPU that held it in 4 bits may not hold both
 # release_memory()
+
+# %% tags=["active-ipynb"]
 # merged_model, merged_tokenizer = load_merged_model(config, hardware)
 # verification = compare_models(live, measure_model(merged_model, merged_tokenizer, rows, config, hardware))
 # pd.Series(verification, name="merged against live adapter").to_frame()
@@ -3314,7 +3458,7 @@ def record_verification(config: Config, verification: dict, report: dict | None)
 # %% [markdown]
 # ### The whole run as a function
 #
-# `run_pipeline` is this notebook in twenty lines. The scripts call it; any stage can be run later from what an earlier one left on disk.
+# `run_pipeline` is this notebook without its looks. The scripts call it; any stage can be run later from what an earlier one left on disk.
 
 
 # %%
@@ -3331,10 +3475,13 @@ def run_pipeline(
     if process_rank()[0] > 0 and "train" not in stages:
         return {}
     hardware, written, model = detect_hardware(), {}, None
+    check_acceptance(config)
     seed_everything(config.seed)
     if {"train", "evaluate", "merge"} & set(stages):
         examples, _ = load_examples(config.data)
         splits, _ = split_examples(examples, config.seed)
+        if "train" not in stages:
+            check_split(splits, config)
     if "train" in stages:
         tokenizer = load_tokenizer(config.base_model, config.revision)
         encoded, _, _ = encode_split(tokenizer, splits["train"], config.max_length)
@@ -3374,18 +3521,8 @@ def run_pipeline(
         release_memory()
         written["merged model"] = merge_adapter(config)
         merged = measure_model(*load_merged_model(config, hardware), rows, config, hardware)
-        record_verification(config, compare_models(live, merged), load_report(config.reports_dir, missing_ok=True))
+        record_verification(config, compare_models(live, merged), report_of_adapter(config, missing_ok=True))
     return written
-
-
-def load_report(reports_dir: str, *, missing_ok: bool = False) -> dict | None:
-    """`metrics.json` of an earlier evaluation."""
-    path = Path(reports_dir) / "metrics.json"
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    if missing_ok:
-        return None
-    raise ArcivaError(f"no {path}: expected the report of an evaluation; run the evaluate stage first")
 
 
 # %%
@@ -3401,6 +3538,11 @@ def run_main(run: Callable[[], dict[str, Path]]) -> int:
     except Interrupted as error:
         print(error, file=sys.stderr)
         return 143
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print("error: the disk is full; free some space, and the same command goes on", file=sys.stderr)
+        return 2
     except torch.cuda.OutOfMemoryError:
         print(
             "error: the GPU ran out of memory; lower micro_batch_pairs or max_length, or set USE_DEBUG_MODEL",

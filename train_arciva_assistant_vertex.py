@@ -574,10 +574,11 @@ def first_on_this_machine() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    import torch
     from accelerate import PartialState
 
-    with PartialState(cpu=not torch.cuda.is_available()).local_main_process_first():
+    import arciva_assistant_poc as arciva
+
+    with PartialState(cpu=arciva.detect_hardware().device == "cpu").local_main_process_first():
         yield
 
 

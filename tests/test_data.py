@@ -46,6 +46,13 @@ def test_all_bad_rows_are_reported_at_once(tmp_path):
         arciva.load_examples(str(path))
 
 
+def test_a_file_in_another_encoding_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"instruction": "Größe?", "response": "Ja."}'.encode("cp1252"))
+    with pytest.raises(arciva.ArcivaError, match=r"rows.jsonl is not UTF-8"):
+        arciva.load_examples(str(path))
+
+
 @pytest.mark.parametrize(("content", "words"), [(None, "no data at"), ("", "holds no rows"), ("\n\n", "holds no rows")])
 def test_a_missing_or_empty_file_says_what_to_do(tmp_path, content, words):
     path = tmp_path / "rows.jsonl"
@@ -125,6 +132,28 @@ def test_no_held_out_wording_has_a_near_copy_in_training(corpus):
             assert all(arciva.jaccard(question, other) < arciva.NEAR_DUPLICATE for other in train)
     assert report.near_duplicates == 0.0
     assert report.known_answers == 0.0
+
+
+def test_a_fact_whose_only_training_row_was_set_aside_is_unseen(corpus):
+    """A held-out wording and its near-copy are all there is about a fact: nothing is left to teach it."""
+    question = "How many photos at most may I put into one single collection before the grid becomes slow, roughly? "
+    answer = {"role": "assistant", "content": "As many as you like."}
+    copies = [
+        arciva.replace(
+            corpus[0],
+            id=f"lone/{i}",
+            fact_ids=["lone-fact"],
+            messages=[{"role": "user", "content": f"{question}{i}"}, answer],
+        )
+        for i in range(100, 160)
+    ]
+    sides = arciva.assign_sides(copies, 42)
+    held_out, taught = (
+        next(e for e, s in zip(copies, sides, strict=True) if (s == "train") is t) for t in (False, True)
+    )
+    splits, report = arciva.split_examples([*corpus, held_out, taught], 42)
+    novelty = {row["id"]: row["novelty"] for side in splits.values() for row in side}
+    assert report.set_aside == [taught.id] and novelty[held_out.id] == "unseen"
 
 
 def test_the_naive_split_leaks_and_is_measured(corpus):

@@ -4,6 +4,7 @@ import ast
 import re
 from pathlib import Path
 
+import httpx2
 import pytest
 import torch
 from conftest import ROOT
@@ -71,6 +72,27 @@ def test_profile_follows_hardware_and_names_its_reason(device, memory, debug, re
     chosen, model, reason = arciva.choose_profile("auto", debug, hardware, reachable=lambda _: reachable)
     assert (chosen, model) == (profile, arciva.PROFILES[profile])
     assert reason
+
+
+def test_a_refused_token_is_no_missing_network(monkeypatch):
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    def refuse(*_, **__):
+        request = httpx2.Request("GET", "https://huggingface.co/api/models/nobody")
+        raise HfHubHTTPError("401", response=httpx2.Response(401, request=request))
+
+    monkeypatch.setattr(HfApi, "model_info", refuse)
+    with pytest.raises(arciva.ArcivaError, match="HF_TOKEN"):
+        arciva.hub_reachable("nobody/no-such-model")
+
+
+def test_the_nano_base_is_found_beside_the_module_and_never_looked_up_on_the_hub(cpu, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Path(arciva.configure(cpu)[0].base_model).is_dir()
+    monkeypatch.setattr(arciva, "REPOSITORY", tmp_path)
+    with pytest.raises(arciva.ArcivaError, match="clone the repository"):
+        arciva.configure(cpu)
 
 
 def test_a_preset_yields_to_what_was_set(cpu):

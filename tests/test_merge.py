@@ -145,6 +145,50 @@ def test_large_tensors_in_blocks_and_several_files_give_the_same_bytes(tmp_path,
             assert torch.equal(opened.get_tensor(name), whole[name])
 
 
+@pytest.mark.parametrize("size", ["50GB", "100KB"])
+def test_a_second_copy_of_the_weights_is_not_merged(tmp_path, chatml, size):
+    """Mistral's repositories hold all weights once more as consolidated.safetensors, under other names."""
+    config = make_run(tmp_path, chatml, max_shard_size=size)
+    names = set(arciva.base_shards(config.base_model, None))
+    save_file({"layers.0.attention.wq.weight": torch.zeros(4, 4)}, tmp_path / "base" / "consolidated.safetensors")
+    assert set(arciva.base_shards(config.base_model, None)) == names
+
+
+def test_no_more_than_a_block_of_the_base_stays_in_memory(tmp_path):
+    """Pages of a mapped file count as memory for as long as it is open: 512 MiB of weights, read 64 MiB at a time."""
+    for number in range(8):
+        save_file({f"{number}": torch.zeros(16, 1 << 20, dtype=torch.float32)}, tmp_path / f"{number}.safetensors")
+    script = f"""
+import re, sys
+sys.path[:0] = [{str(ROOT)!r}]
+from pathlib import Path
+import arciva_assistant_poc as arciva
+
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+arciva.read_rows(Path({str(tmp_path)!r}) / "0.safetensors", "0").sum()
+before = resident()
+for number in range(8):
+    arciva.read_rows(Path({str(tmp_path)!r}) / f"{{number}}.safetensors", str(number)).sum()
+print(resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 70
+
+
+def test_the_merged_folder_s_parents_are_made(tmp_path, chatml):
+    config = replace(make_run(tmp_path, chatml), merged_dir=str(tmp_path / "new" / "below" / "merged"))
+    assert (arciva.merge_adapter(config) / "model.safetensors").is_file()
+
+
+def test_a_merged_model_that_overflows_is_refused():
+    logits = torch.zeros(1, 4).log_softmax(-1)
+    live = {"logits": logits, "answers": ["a"], "perplexity": 2.0}
+    with pytest.raises(arciva.ArcivaError, match="overflow fp16"):
+        arciva.compare_models(live, live | {"perplexity": float("nan")})
+
+
 def change_adapter(config, change) -> None:
     path = Path(config.output_dir) / "adapter_model.safetensors"
     tensors = load_file(path)

@@ -196,6 +196,38 @@ def test_falling_behind_an_accepted_model_is_refused_and_chance_is_not(tmp_path)
         arciva.shortfalls(replace(same, compare_to=few.reports_dir))
 
 
+def test_a_report_on_another_adapter_accepts_nothing(tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"yesterday's")
+    config = saved(tmp_path / "reports", frame(), output_dir=str(adapter), min_rouge_l=0.0)
+    assert arciva.shortfalls(config) == [] and arciva.report_of_adapter(config)["adapter"]
+    (adapter / "adapter_model.safetensors").write_bytes(b"today's")
+    with pytest.raises(arciva.ArcivaError, match="judges another adapter"):
+        arciva.shortfalls(config)
+    assert arciva.report_of_adapter(config, missing_ok=True) is None
+
+
+def test_an_evaluation_leaves_no_suite_results_of_an_earlier_model(tmp_path):
+    (tmp_path / "suites_tuned.jsonl").write_text("{}")
+    saved(tmp_path, frame())
+    assert not list(tmp_path.glob("suites*"))
+
+
+def test_an_acceptance_that_cannot_be_decided_is_refused_before_training(tmp_path, monkeypatch):
+    accepted = saved(tmp_path / "accepted", frame())
+    arciva.check_acceptance(replace(accepted, reports_dir=str(tmp_path / "new"), compare_to=accepted.reports_dir))
+    for compare_to, words in (
+        (accepted.reports_dir, "own"),
+        (str(tmp_path / "misspelt"), "expected the reports folder"),
+    ):
+        with pytest.raises(arciva.ArcivaError, match=words):
+            arciva.check_acceptance(replace(accepted, compare_to=compare_to))
+    monkeypatch.setattr(arciva, "suite_files", list)
+    with pytest.raises(arciva.ArcivaError, match="no suites"):
+        arciva.check_acceptance(replace(accepted, min_checklists=0.5))
+
+
 def test_predictions_survive_the_disk(tmp_path):
     data = frame(4).assign(tuned_answer=["5", "0012", "</script>", "Größe\n2. weiter"])
     arciva.save_predictions(data, arciva.build_report(frame(), arciva.Config()), str(tmp_path))
@@ -221,7 +253,7 @@ def test_best_and_worst_are_ordered_by_the_metric():
 
 
 def test_model_output_is_escaped_in_the_notebooks_table():
-    shown = arciva.HTML_table(frame(2).assign(tuned_answer="<img src=x onerror=alert(1)>")).data
+    shown = arciva.styled_table(frame(2).assign(tuned_answer="<img src=x onerror=alert(1)>")).data
     assert "<img" not in shown and "&lt;img" in shown
 
 

@@ -1,5 +1,6 @@
 """The notebook as a document and as a program. Run: pytest tests/test_notebook.py"""
 
+import ast
 import copy
 import json
 import re
@@ -53,6 +54,35 @@ def test_the_committed_outputs_belong_to_the_committed_code(notebook):
 def test_the_committed_notebook_is_small_and_free_of_widget_state(notebook):
     assert NOTEBOOK.stat().st_size < 1.5 * 2**20
     assert "widgets" not in notebook.metadata
+
+
+def names_of(tree, *, called=False) -> set[str]:
+    """Names that code reads; with `called`, outside of the functions and classes that it defines."""
+    found, nodes = set(), [tree]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            found.add(node.id)
+        inner = called and isinstance(node, ast.FunctionDef | ast.ClassDef)
+        nodes += node.decorator_list if inner else ast.iter_child_nodes(node)
+    return found
+
+
+def test_a_cell_uses_only_what_stands_above_it(notebook):
+    """Also by way of the functions it calls: the module, in which all exist, would not show that."""
+    code = [c for c in notebook.cells if c.cell_type == "code" and "skip-execution" not in c.metadata.get("tags", [])]
+    trees = [ast.parse(re.sub(r"(?m)^\s*%.*$", "", cell.source)) for cell in code]
+    definitions = {n.name: n for t in trees for n in t.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    uses = {name: names_of(node) & set(definitions) for name, node in definitions.items()}
+    defined = set()
+    for cell, tree in zip(code, trees, strict=True):
+        defined |= {n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+        if "active-ipynb" in cell.metadata.get("tags", []):
+            needed, new = set(), names_of(tree, called=True) & set(definitions)
+            while new:
+                needed |= new
+                new = {other for name in new for other in uses[name]} - needed
+            assert needed <= defined, (sorted(needed - defined), cell.source[:80])
 
 
 def test_magics_stand_only_in_run_cells(notebook):

@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -253,13 +255,17 @@ def test_the_weights_estimate_is_what_is_loaded(cpu):
     assert base == pytest.approx(model.get_memory_footprint() - 4 * adapter, rel=0.03)
 
 
-def train(config, hardware, callbacks=(), **settings) -> tuple[arciva.TrainingResult, dict[str, torch.Tensor]]:
+def train(
+    config, hardware, callbacks=(), keep=False, **settings
+) -> tuple[arciva.TrainingResult, dict[str, torch.Tensor]]:
     config = replace(config, **settings)
     arciva.seed_everything(config.seed)
     tokenizer = arciva.load_tokenizer(config.base_model)
     splits, _ = arciva.split_examples(arciva.load_examples(config.data)[0], config.seed)
     model = arciva.add_adapter(arciva.load_base_model(config, hardware), config)
     result = arciva.train_adapter(model, tokenizer, splits, config, hardware, callbacks=callbacks)
+    if not keep:
+        shutil.rmtree(result.checkpoints)  # as `save_adapter` does
     return result, {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
 
 
@@ -334,8 +340,41 @@ def test_a_resumed_run_cuts_its_steps_as_the_interrupted_one_did(tmp_path):
     plan = arciva.MemoryPlan(16, False, 0.1, 0.1, 8.0)
     cut = {"versions": {}, "micro_batch": {"pairs": 4, "checkpointing": True}}
     (tmp_path / "COMPLETE").write_text(json.dumps(cut))
-    resumed = arciva.plan_of_checkpoint(tmp_path, plan)
+    resumed = arciva.plan_of_checkpoint(tmp_path, plan, share=16)
     assert (resumed.micro_batch_pairs, resumed.gradient_checkpointing) == (4, True)
+    assert arciva.plan_of_checkpoint(tmp_path, plan, share=2) is plan  # eight processes now, two pairs each
+
+
+@pytest.mark.parametrize("settings", [{"epochs": 2}, {"epochs": 30, "patience": 1, "learning_rate": 0.05}])
+def test_a_run_that_ended_before_its_adapter_was_saved_is_not_trained_again(tiny_config, cpu, settings):
+    first, expected = train(tiny_config, cpu, keep=True, **settings)
+    again, weights = train(tiny_config, cpu, keep=True, **settings)
+    assert again.resumed_from == again.steps == first.steps and again.best_step == first.best_step
+    assert again.history == first.history and again.best_loss == first.best_loss
+    assert all(torch.equal(expected[n], weights[n]) for n in expected)
+
+
+def test_a_run_that_diverges_says_so_and_leaves_nothing_to_go_on_from(tiny_config, cpu, monkeypatch):
+    monkeypatch.setattr(arciva, "score_losses", lambda model, encoded, *_, **__: np.full((len(encoded), 2), np.nan))
+    with pytest.raises(arciva.ArcivaError, match="diverged"):
+        train(tiny_config, cpu, epochs=1)
+    assert not list(Path(tiny_config.checkpoint_dir).glob("*"))
+
+
+def test_one_process_trains_with_the_pairs_it_was_given_however_many_gpus_it_sees(tiny_config, cpu, monkeypatch):
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 4)
+    plan = arciva.MemoryPlan(4, False, 0.1, 0.1, 8.0)
+    arguments = arciva.training_arguments(tiny_config, cpu, plan, Path("x"), 64, bars=False)
+    assert arguments._n_gpu == 1
+
+
+def test_rows_without_shared_facts_train_by_the_unseen_half(tiny_config, cpu, capsys):
+    path = Path(tiny_config.data)
+    rows = [{"instruction": f"Question {i} about {i * 7919 % 1009}?", "response": f"Answer {i}."} for i in range(200)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result, _ = train(tiny_config, cpu, epochs=1)
+    assert "fact_ids" in capsys.readouterr().out and math.isfinite(result.best_loss)
+    assert "eval_unseen" in result.history[-1] and "eval_rephrased" not in result.history[-1]
 
 
 class Watch(arciva.TrainerCallback):
@@ -380,10 +419,25 @@ def test_running_out_of_memory_makes_smaller_passes_and_ends_with_the_same_weigh
 
     monkeypatch.setattr(arciva, "answer_loss", too_large)
     result, weights = train(tiny_config, cpu, **settings)
-    assert result.plan.micro_batch_pairs == 4 and result.plan.gradient_checkpointing
+    assert result.plan.micro_batch_pairs == 4 and result.plan.gradient_checkpointing and result.resumed_from == 0
     assert capsys.readouterr().out.count("out of memory") == 2
     # As for any other micro-batch: rounding of 1e-7, divided by a small gradient, moves a weight by a share of the rate.
     assert max((expected[n] - weights[n]).abs().max().item() for n in expected) < 1e-3
+
+
+def test_running_out_of_memory_after_a_checkpoint_goes_on_from_it_with_smaller_passes(tiny_config, cpu, monkeypatch):
+    whole, saved = arciva.answer_loss, Watch()
+
+    def too_large(model, batch, supervised):
+        if saved.seen and int(batch["segments"].max()) + 1 > 4:
+            raise torch.OutOfMemoryError
+        return whole(model, batch, supervised)
+
+    monkeypatch.setattr(arciva, "answer_loss", too_large)
+    result, _ = train(tiny_config, cpu, epochs=2, micro_batch_pairs=8, callbacks=[saved])
+    assert result.plan.micro_batch_pairs == 4
+    steps = [point["step"] for point in result.history]
+    assert steps == sorted(steps) and steps[-1] == result.steps
 
 
 def test_a_step_that_cannot_shrink_further_is_one_sentence(tiny_config):

@@ -745,7 +745,6 @@ def test_scripts_are_compositions(script):
         "torch",
         "peft",
         "bitsandbytes",
-        "accelerate",
         "safetensors",
         "sacrebleu",
         "rouge_score",

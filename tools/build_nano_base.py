@@ -62,7 +62,8 @@ class Document:
 
     def encode(self, tokenizer: PreTrainedTokenizerFast) -> arciva.Encoded:
         title = tokenizer(f"{self.title}\n\n", add_special_tokens=False)["input_ids"] if self.title else []
-        text = [*tokenizer(self.text, add_special_tokens=False)["input_ids"], tokenizer.pad_token_id]
+        # Ends as answers do: embeddings are frozen in fine-tuning, and those of tokens never read are all alike.
+        text = [*tokenizer(self.text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         text = text[:OPENING_TOKENS] if self.opening_only else text
         return arciva.Encoded(title + text, title + text)
 

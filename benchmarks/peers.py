@@ -1,0 +1,132 @@
+"""The peers' training: TRL's `SFTTrainer` on the pairs that ours trains on, as its users run it.
+
+`padded` is the common recipe: batches of four, padded to the longest, cut at 512 tokens, loss on every token. `bfd` is the best TRL has:
+pairs packed into rows of a fixed length with positions that restart, loss on the answers alone. Model, adapter, precision, order of
+magnitude of a step (pairs) and learning rate are ours. What TRL adds on its own (its entropy and accuracy per step) stays on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+
+import datasets
+import torch
+from transformers import TrainerCallback
+
+import arciva_assistant_poc as arciva
+
+PADDED_BATCH, PADDED_LENGTH = 4, 512
+GENERATION_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}{% else %}"
+    "{{ message['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)  # ChatML with the marks by which TRL finds the answers
+
+
+class StepClock(TrainerCallback):
+    """Seconds of the optimiser steps after `skip`, with the loading of their batches; evaluation and saving are left out."""
+
+    def __init__(self, skip: int = 1, limit: int | None = None):
+        self.skip, self.limit, self.steps, self.seconds, self.losses, self.norms = skip, limit, 0, 0.0, [], []
+        self.last = None
+
+    def mark(self) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = self.mark()
+        if self.last is not None and state.global_step > self.skip:
+            self.steps, self.seconds = self.steps + 1, self.seconds + now - self.last
+        self.last = now
+        if self.limit and state.global_step >= self.limit + self.skip:
+            control.should_training_stop = True
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.last = self.mark()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.last = self.mark()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in (logs or {}):
+            self.losses.append(float(logs["loss"]))
+            self.norms.append(float(logs.get("grad_norm", 0.0)))
+
+
+def conversations(tokenizer, dataset: datasets.Dataset) -> datasets.Dataset:
+    """The pairs as TRL takes them, with the system prompt that ours puts before them."""
+    rows = [{"messages": arciva.with_system_prompt(tokenizer, row["messages"])} for row in dataset]
+    return datasets.Dataset.from_list(rows)
+
+
+def trl_trainer(
+    model,
+    tokenizer,
+    dataset: datasets.Dataset,
+    config: arciva.Config,
+    hardware: arciva.Hardware,
+    folder: str,
+    *,
+    row_tokens: int | None = None,
+    rows_per_pass: int = 1,
+    gradient_checkpointing: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+):
+    """An `SFTTrainer` of a model with its adapter: the common recipe, or packed rows of `row_tokens`.
+
+    A step holds `config.pairs_per_step` pairs; packed, as many rows as hold about that many.
+    """
+    from trl import SFTConfig, SFTTrainer
+
+    lengths = [len(arciva.encode(tokenizer, row["messages"]).input_ids) for row in dataset]
+    packed = row_tokens is not None
+    pairs_per_row = row_tokens / (sum(lengths) / len(lengths)) if packed else 1
+    batch = rows_per_pass if packed else PADDED_BATCH
+    accumulation = max(1, round(config.pairs_per_step / pairs_per_row / batch))
+    settings = SFTConfig(
+        output_dir=folder,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        packing=packed,
+        max_length=row_tokens if packed else PADDED_LENGTH,
+        assistant_only_loss=packed,
+        num_train_epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=config.warmup,
+        max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch",
+        bf16=hardware.dtype == torch.bfloat16,
+        fp16=hardware.dtype == torch.float16,
+        gradient_checkpointing=gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        use_cpu=hardware.device == "cpu",
+        dataloader_pin_memory=hardware.device == "cuda",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        report_to="none",
+        seed=config.seed,
+    )
+    if packed:
+        tokenizer.chat_template = GENERATION_TEMPLATE
+    with contextlib.redirect_stdout(None):
+        return SFTTrainer(
+            model=model,
+            args=settings,
+            train_dataset=conversations(tokenizer, dataset),
+            processing_class=tokenizer,
+            callbacks=list(callbacks),
+        )
+
+
+def with_peers_attention(model):
+    """Attention as transformers chooses it when nobody does: a peer's user has not measured that."""
+    model.set_attn_implementation("sdpa")
+    return model
