@@ -442,15 +442,19 @@ def fetch_data(sources: Sequence[str], folder: Path) -> str:
     return ",".join(paths)
 
 
-def fetch_base_model(base_model: str, folder: Path) -> str:
-    """A local path for a base model that lies in a bucket; names and paths stay as they are."""
-    if not base_model.startswith(("gs://", "/gcs/")):
-        return base_model
-    place = place_of(base_model)
+# Settings that may name a folder in a bucket → the file that such a folder has.
+FOLDER_SETTINGS = {"base_model": "config.json", "compare_to": "predictions.jsonl"}
+
+
+def fetch_folder(address: str, folder: Path, needed: str) -> str:
+    """A local path for a folder that lies in a bucket; names and paths stay as they are."""
+    if not address.startswith(("gs://", "/gcs/")):
+        return address
+    place = place_of(address)
     target = folder / Path(place.prefix or place.bucket).name
     files = place.files()
-    if "config.json" not in files:
-        raise JobError(f"no base model at {place}: expected a folder with config.json, tokenizer and *.safetensors")
+    if needed not in files:
+        raise JobError(f"{place} is not what was expected: a folder with {needed}; check the address")
     download_folder(place, {"files": files}, target)
     return str(target)
 
@@ -639,8 +643,8 @@ def run_job(arguments: Sequence[str], output: Place, key: str) -> dict[str, obje
     with first_on_this_machine():
         if sources := data_sources(settings.pop("data", None), os.environ):
             settings["data"] = fetch_data(sources, work / "data")
-        if "base_model" in settings:
-            settings["base_model"] = fetch_base_model(settings["base_model"], work / "base_model")
+        for name in FOLDER_SETTINGS.keys() & settings.keys():
+            settings[name] = fetch_folder(settings[name], work / name, FOLDER_SETTINGS[name])
 
     import arciva_assistant_poc as arciva
 

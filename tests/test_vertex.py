@@ -294,11 +294,11 @@ def test_data_may_be_files_folders_patterns_and_local_paths(bucket, tmp_path):
 
 def test_a_base_model_may_lie_in_a_bucket(bucket, tiny_base, tmp_path):
     vertex.upload_folder(tiny_base, vertex.place_of("gs://training/models/tiny"))
-    fetched = Path(vertex.fetch_base_model("gs://training/models/tiny", tmp_path / "base"))
+    fetched = Path(vertex.fetch_folder("gs://training/models/tiny", tmp_path / "base", "config.json"))
     assert {n: c for n, c in contents(fetched).items() if n != vertex.MARKER} == contents(tiny_base)
-    assert vertex.fetch_base_model("Qwen/Qwen2.5-7B-Instruct", tmp_path) == "Qwen/Qwen2.5-7B-Instruct"
-    with pytest.raises(vertex.JobError, match="no base model at"):
-        vertex.fetch_base_model("gs://training/data", tmp_path)
+    assert vertex.fetch_folder("Qwen/Qwen2.5-7B-Instruct", tmp_path, "config.json") == "Qwen/Qwen2.5-7B-Instruct"
+    with pytest.raises(vertex.JobError, match="a folder with predictions.jsonl"):
+        vertex.fetch_folder("gs://training/data", tmp_path, vertex.FOLDER_SETTINGS["compare_to"])
 
 
 def test_the_hub_token_is_read_by_the_name_of_its_secret(endpoint, monkeypatch):

@@ -80,7 +80,8 @@ def blur(text: str, rng: random.Random, share: float) -> str:
 def documents(entries: list[build_corpus.Entry], held_out: set[str], rng: random.Random) -> list[Document]:
     """One pass over the knowledge, shuffled: passages plain, and under the questions that may be read, whole or blurred.
 
-    Entries of the seed corpus, on which the pipeline runs by default, are read in every pass, the others in one of four.
+    Entries of the seed corpus, on which the pipeline runs by default, are read in every pass, the others in one of four. German has
+    half as many wordings and is read twice.
     """
     found, seed = [], {entry.id for entry in build_corpus.seed_entries(entries)}
     for entry in entries:
@@ -90,7 +91,7 @@ def documents(entries: list[build_corpus.Entry], held_out: set[str], rng: random
             topic = entry.topic.replace("-", " ")
             found += [Document("", f"{topic}: {text.strip()}") for text in forms.values() if rng.random() < 0.25]
             for mapping in entry.questions[language]:
-                for style, question in mapping.items():
+                for style, question in [*mapping.items()] * (2 if language == "de" else 1):
                     if arciva.normalise(question) not in held_out:
                         title = question if rng.random() < 0.4 else blur(question, rng, rng.uniform(0.55, 1.0))
                         found.append(Document(title, entry.answer(language, style), opening_only=rng.random() < 0.7))
