@@ -216,7 +216,7 @@ PRESETS = {
         "rank": 64,
         "alpha": 64,
         "dropout": 0.0,
-        "epochs": 10.0,
+        "epochs": 6.0,
         "learning_rate": 3e-3,
         "row_tokens": 256,
         "evaluations_per_epoch": 1,
