@@ -2052,37 +2052,70 @@ def stop_token_ids(tokenizer) -> list[int]:
     return sorted({end_of_turn, tokenizer.eos_token_id} - {None})
 
 
+PREFILL_ROWS = 16
+
+
+@torch.inference_mode()
+def read_prompts(
+    model, prompts: Sequence[list[int]], hardware: Hardware, pad_id: int
+) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
+    """(next-token logits (n, vocabulary), mask (n, longest), cache) of left-padded prompts.
+
+    They are read a few at a time: neighbours in a sorted list need little padding, and reading is most of the work.
+    """
+    logits, masks, caches = [], [], []
+    for at in range(0, len(prompts), PREFILL_ROWS):
+        part = prompts[at : at + PREFILL_ROWS]
+        width = max(map(len, part))
+        ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in part], device=hardware.device)
+        masks.append(torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=hardware.device))
+        caches.append(DynamicCache(config=unwrap(model).config))
+        with evaluation_precision(model, hardware):
+            output = model(
+                input_ids=ids,
+                attention_mask=masks[-1],
+                position_ids=(masks[-1].cumsum(-1) - 1).clamp(min=0),
+                past_key_values=caches[-1],
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        logits.append(output.logits[:, -1])
+    width, whole = max(mask.shape[1] for mask in masks), DynamicCache(config=unwrap(model).config)
+    for i, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
+        padded = [[F.pad(t, (0, 0, width - t.shape[-2], 0)) for t in (layer.keys, layer.values)] for layer in layers]
+        whole.update(*(torch.cat(tensors) for tensors in zip(*padded, strict=True)), i)
+    return torch.cat(logits), torch.cat([F.pad(mask, (width - mask.shape[1], 0)) for mask in masks]), whole
+
+
 @torch.inference_mode()
 def generate_batch(
     model, prompts: Sequence[list[int]], hardware: Hardware, *, max_new_tokens: int, stop: Sequence[int], pad_id: int
 ) -> list[list[int]]:
     """Greedy continuation ids of each prompt, its stop token included where it came."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=hardware.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=hardware.device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits, mask, cache = read_prompts(model, prompts, hardware, pad_id)
+    positions, stops = mask.sum(-1, keepdim=True), torch.tensor(stop, device=hardware.device)
     alive, written = torch.arange(len(prompts)), [[] for _ in prompts]
-    stops, cache = torch.tensor(stop, device=hardware.device), DynamicCache(config=unwrap(model).config)
-    for _ in range(max_new_tokens):
+    for count in range(1, max_new_tokens + 1):
+        ids = logits.argmax(-1, keepdim=True)
+        for row, token in zip(alive.tolist(), ids[:, 0].tolist(), strict=True):
+            written[row].append(token)
+        going = ~torch.isin(ids[:, 0], stops)
+        if count == max_new_tokens or not going.any():
+            break
+        if not going.all():
+            cache.batch_select_indices(going.nonzero()[:, 0])
+            ids, mask, positions, alive = ids[going], mask[going], positions[going], alive[going.cpu()]
+        mask = F.pad(mask, (0, 1), value=1)
         with evaluation_precision(model, hardware):
-            logits = model(
+            output = model(
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
-            ).logits[:, -1]
-        ids = logits.argmax(-1, keepdim=True)
-        for row, token in zip(alive.tolist(), ids[:, 0].tolist(), strict=True):
-            written[row].append(token)
-        going = ~torch.isin(ids[:, 0], stops)
-        if not going.any():
-            break
-        mask, positions = F.pad(mask, (0, 1), value=1), positions[:, -1:] + 1
-        if not going.all():
-            cache.batch_select_indices(going.nonzero()[:, 0])
-            ids, mask, positions, alive = ids[going], mask[going], positions[going], alive[going.cpu()]
+            )
+        logits, positions = output.logits[:, -1], positions + 1
     return written
 
 
