@@ -297,7 +297,7 @@ def test_a_base_model_may_lie_in_a_bucket(bucket, tiny_base, tmp_path):
     fetched = Path(vertex.fetch_folder("gs://training/models/tiny", tmp_path / "base", "config.json"))
     assert {n: c for n, c in contents(fetched).items() if n != vertex.MARKER} == contents(tiny_base)
     assert vertex.fetch_folder("Qwen/Qwen2.5-7B-Instruct", tmp_path, "config.json") == "Qwen/Qwen2.5-7B-Instruct"
-    with pytest.raises(vertex.JobError, match="a folder with predictions.jsonl"):
+    with pytest.raises(vertex.JobError, match=r"a folder with predictions\.jsonl"):
         vertex.fetch_folder("gs://training/data", tmp_path, vertex.FOLDER_SETTINGS["compare_to"])
 
 
