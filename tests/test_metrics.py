@@ -11,6 +11,7 @@ import sacrebleu
 import torch
 from conftest import make_model, pair
 from torch.nn import functional as F
+from transformers import DynamicCache
 
 import arciva_assistant_poc as arciva
 
@@ -55,6 +56,27 @@ def test_greedy_answers_equal_those_of_generate(stopping_model, chatml, cpu):
         )[0, ids.shape[1] :]
         assert answer.text == chatml.decode(expected, skip_special_tokens=True).strip()
         assert answer.cut == (chatml.eos_token_id not in expected.tolist())
+
+
+def test_a_sliding_window_counts_no_padding(chatml, cpu):
+    """With a window shorter than the prompts, answers in a batch still equal those of one prompt alone."""
+    model = make_model("mistral", vocabulary=len(chatml), seed=3)
+    model.config.sliding_window = 8
+    assert any(DynamicCache(config=model.config).is_sliding)
+    assert answers(model, chatml, cpu, 5) == answers(model, chatml, cpu, 1)
+
+
+def test_what_all_prompts_share_is_read_once(stopping_model, chatml, cpu):
+    prompts = [arciva.encode_prompt(chatml, p) for p in PROMPTS]
+    shared, seen = next(i for i, ids in enumerate(zip(*prompts, strict=False)) if len(set(ids)) > 1), []
+    assert shared > 4
+    hook = stopping_model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, given: seen.append(given[0].numel())
+    )
+    answers(stopping_model, chatml, cpu, len(prompts), limit=1)
+    hook.remove()
+    longest = max(map(len, prompts))
+    assert sum(seen) == shared + len(prompts) * (longest - shared)
 
 
 def test_perplexity_equals_a_direct_computation_over_single_pairs(chatml, cpu):
