@@ -102,6 +102,7 @@ import torch
 import transformers
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from rouge_score import rouge_scorer
 from safetensors import safe_open
@@ -1158,13 +1159,25 @@ def load_base_model(config: Config, hardware: Hardware, *, quantize: bool = True
     return freeze(model)
 
 
+def in_autocast_format(module, inputs, output: torch.Tensor) -> torch.Tensor:
+    """Forward hook: `output` in the format that products compute in, where they compute in one of 16 bits."""
+    device = output.device.type
+    return output.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else output
+
+
 def freeze(model):
-    """No gradients for the base, fp32 norms, and no 4-bit inference kernel that loses gradients on a CPU."""
+    """No gradients for the base, fp32 norms and residual stream, and no 4-bit inference kernel that loses gradients on a CPU.
+
+    A norm hands on 16 bits where products compute in them: cast once, not by each of the products that read it.
+    """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
         if parameter.ndim == 1 and "norm" in name:
             parameter.data = parameter.data.float()
-    for module in model.modules():
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.float())
+    for name, module in model.named_modules():
+        if name.endswith("norm"):
+            module.register_forward_hook(in_autocast_format)
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
@@ -1200,7 +1213,11 @@ def add_adapter(model, config: Config) -> PeftModel:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora)
+    model = get_peft_model(model, lora)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False  # to fp32, which autocast on a CPU would undo at once
+    return model
 
 
 # %% [markdown]
@@ -1241,19 +1258,14 @@ def activation_bytes(
 ) -> float:
     """Bytes that a packed LoRA step over `tokens` keeps for its backward pass, logits of `supervised` positions included.
 
-    Counted from what autograd saves in a Llama block. In fp32: attention's operands, two norms with their outputs, the MLP's four
-    vectors, the seven adapters' inner ones and a row of the mask. With 16-bit products the residual stream and the MLP stay in
-    fp32, and every adapter takes a 16-bit copy of its input. Eager attention keeps its weights, in fp32 and as they are used.
-    Checkpointing keeps the residual stream and one block.
+    Counted from what autograd saves in a Llama block: attention's operands, two norms with their outputs, the MLP's four vectors, the
+    seven adapters' inner ones and a row of the mask. The residual stream, which the norms save, is fp32 also where products are
+    not. Eager attention keeps its weights, in fp32 and as they are used. Checkpointing keeps the residual stream and one block.
     """
     hidden, inner, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     operands = 2 * hidden * (1 + heads / shape.num_attention_heads)  # query and output, key and value
-    if element == 4:
-        block = 4 * (operands + 4 * hidden + 4 * inner)
-    else:
-        block = 2 * (operands + 6 * hidden) + 4 * 2 * hidden + (3 * 4 + 2) * inner
-    block += element * (7 * rank + row_tokens)
+    block = element * (operands + 2 * hidden + 4 * inner + 7 * rank + row_tokens) + 4 * 2 * hidden
     if attention == "eager":
         block += shape.num_attention_heads * row_tokens * (4 if element == 4 else 4 + element)
     blocks = layers * 4 * hidden + block if checkpointing else layers * block

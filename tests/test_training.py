@@ -177,8 +177,8 @@ def shape_of(name: str):
     [
         ("T4", "7B", 14.6, torch.float16, 8, False),
         ("T4", "1.1B", 14.6, torch.float16, 16, False),
-        ("L4", "7B", 22.0, torch.bfloat16, 8, False),
-        ("A10", "7B", 22.0, torch.bfloat16, 8, False),
+        ("L4", "7B", 22.0, torch.bfloat16, 16, False),
+        ("A10", "7B", 22.0, torch.bfloat16, 16, False),
         ("RTX 4090", "7B", 23.5, torch.bfloat16, 16, False),
         ("A100-40", "7B", 39.0, torch.bfloat16, 16, False),
         ("H100", "7B", 79.0, torch.bfloat16, 16, False),
