@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import datasets
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainerCallback
 
 import arciva_assistant_poc as arciva
@@ -62,6 +63,18 @@ def conversations(tokenizer, dataset: datasets.Dataset) -> datasets.Dataset:
     """The pairs as TRL takes them, with the system prompt that ours puts before them."""
     rows = [{"messages": arciva.with_system_prompt(tokenizer, row["messages"])} for row in dataset]
     return datasets.Dataset.from_list(rows)
+
+
+def as_peers_load(model):
+    """The model without what ours adds for speed: transformers' own choice of attention and of formats, peft's own casts."""
+    model.set_attn_implementation("sdpa")
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__module__", "") == arciva.__name__:
+                del module._forward_hooks[key]
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = True
+    return model
 
 
 def trl_trainer(
@@ -118,15 +131,9 @@ def trl_trainer(
         tokenizer.chat_template = GENERATION_TEMPLATE
     with contextlib.redirect_stdout(None):
         return SFTTrainer(
-            model=model,
+            model=as_peers_load(model),
             args=settings,
             train_dataset=conversations(tokenizer, dataset),
             processing_class=tokenizer,
             callbacks=list(callbacks),
         )
-
-
-def with_peers_attention(model):
-    """Attention as transformers chooses it when nobody does: a peer's user has not measured that."""
-    model.set_attn_implementation("sdpa")
-    return model

@@ -79,7 +79,7 @@ def child(options: argparse.Namespace) -> dict:
     else:
         length = int(options.variant.removeprefix(f"{BFD}-")) if options.variant != PADDED else None
         trainer = peers.trl_trainer(
-            peers.with_peers_attention(model),
+            model,
             tokenizer,
             splits["train"],
             config,

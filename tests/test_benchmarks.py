@@ -67,6 +67,16 @@ def test_the_clock_leaves_out_the_first_step_and_evaluations(monkeypatch):
     assert (clock.steps, clock.seconds) == (3, 10.0 + 1.0 + 2.0)
 
 
+def test_a_peer_trains_without_what_ours_adds_to_the_model(tiny_config, cpu):
+    def hooks(model) -> int:
+        return sum(len(module._forward_hooks) for module in model.modules())
+
+    model = arciva.add_adapter(arciva.load_base_model(tiny_config, cpu), tiny_config)
+    assert hooks(model) > 1
+    model = peers.as_peers_load(model)
+    assert hooks(model) == 0 and model.config._attn_implementation == "sdpa"
+
+
 def test_made_up_rows_load_and_split(tmp_path):
     path = tmp_path / "rows.jsonl"
     data.write_corpus(path, 205, str(ROOT / "data/arciva_qa_synthetic.jsonl"), seed=0)
