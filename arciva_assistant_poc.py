@@ -218,7 +218,7 @@ PRESETS = {
         "dropout": 0.0,
         "epochs": 6.0,
         "learning_rate": 3e-3,
-        "row_tokens": 256,
+        "row_tokens": 128,
         "evaluations_per_epoch": 1,
         "patience": 3,
         "log_every": 10,
