@@ -65,6 +65,7 @@
 import contextlib
 import copy
 import errno
+import functools
 import gc
 import hashlib
 import html
@@ -83,7 +84,8 @@ import threading
 import time
 import unicodedata
 import urllib.request
-from collections import Counter, defaultdict
+import warnings
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -501,6 +503,7 @@ def quieten_libraries() -> None:
     """Keep third-party bars and advice out of the narrative; errors still show."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # from one library to another
     datasets.disable_progress_bars()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -787,18 +790,33 @@ def jaccard(a: frozenset, b: frozenset) -> float:
 
 
 def near_duplicates(texts: Sequence[str], threshold: float = NEAR_DUPLICATE) -> list[tuple[int, int]]:
-    """All index pairs (i < j) of texts whose shingle sets have a Jaccard index of at least `threshold`."""
+    """All index pairs (i < j) of texts whose shingle sets have a Jaccard index of at least `threshold`.
+
+    The filters of PPJoin (Xiao et al., https://doi.org/10.1145/1367497.1367516), from short to long and each set's rarest shingles
+    first: two sets that are alike are of like size, share one of their first few shingles, and have enough left behind it.
+    """
     sets = [shingles(t) for t in texts]
     frequency = Counter(gram for s in sets for gram in s)
-    index, pairs = defaultdict(list), []
-    for j, grams in enumerate(sets):
-        rarest = sorted(grams, key=lambda gram: (frequency[gram], gram))
-        prefix = rarest[: len(grams) - math.ceil(threshold * len(grams)) + 1]
-        candidates = {i for gram in prefix for i in index[gram]}
-        pairs += [(i, j) for i in sorted(candidates) if jaccard(sets[i], grams) >= threshold]
-        for gram in prefix:
-            index[gram].append(j)
-    return pairs
+    index, pairs = defaultdict(deque), []
+
+    def least(share: float, size: int) -> int:
+        return math.ceil(share * size - 1e-9)
+
+    for j in sorted(range(len(sets)), key=lambda i: len(sets[i])):
+        size, candidates, hopeless = len(sets[j]), set(), set()
+        rarest = sorted(sets[j], key=lambda gram: (frequency[gram], gram))
+        for at, gram in enumerate(rarest[: size - least(threshold, size) + 1]):
+            while index[gram] and index[gram][0][1] < threshold * size:
+                index[gram].popleft()
+            for i, other, place in index[gram]:
+                if i in candidates or i in hopeless:
+                    continue
+                enough = min(size - at, other - place) >= threshold / (1 + threshold) * (size + other) - 1e-9
+                (candidates if enough else hopeless).add(i)
+        pairs += [(min(i, j), max(i, j)) for i in candidates if jaccard(sets[i], sets[j]) >= threshold]
+        for place, gram in enumerate(rarest[: size - least(2 * threshold / (1 + threshold), size) + 1]):
+            index[gram].append((j, size, place))
+    return sorted(pairs)
 
 
 # %%
@@ -881,7 +899,8 @@ def split_examples(examples: Sequence[Example], seed: int) -> tuple[datasets.Dat
     held_out = {i for i, side in enumerate(sides) if side != "train"}
     # The training row gives way: a held-out row keeps its side whatever is added later.
     aside = {i for pair in pairs if len(held_out & set(pair)) == 1 for i in pair if i not in held_out}
-    taught = {f for i, e in enumerate(examples) if i not in held_out | aside for f in e.fact_ids}
+    away = held_out | aside
+    taught = {f for i, e in enumerate(examples) if i not in away for f in e.fact_ids}
     novelty = []
     for i, (example, side) in enumerate(zip(examples, sides, strict=True)):
         known = sum(f in taught for f in example.fact_ids)
@@ -891,7 +910,7 @@ def split_examples(examples: Sequence[Example], seed: int) -> tuple[datasets.Dat
     naive = leak_rates(examples, random_sides(examples, seed, len(held_out)), pairs)
     kept = ["aside" if i in aside else side for i, side in enumerate(sides)]
     unseen = ["aside" if n == "rephrased" else side for n, side in zip(novelty, kept, strict=True)]
-    rows = [{**asdict(e), "novelty": n} for e, n in zip(examples, novelty, strict=True)]
+    rows = [{**vars(e), "novelty": n} for e, n in zip(examples, novelty, strict=True)]
     splits = {
         side: [r for r, k in zip(rows, kept, strict=True) if k == side] for side in ("train", "validation", "test")
     }
@@ -962,16 +981,24 @@ class Encoded:
         return sum(label != IGNORE_INDEX for label in self.labels)
 
 
+@functools.lru_cache(maxsize=8)
+def takes_system_role(tokenizer, template: str) -> bool:
+    """Whether the chat template takes a system message; some refuse it, in jinja's own way."""
+    try:
+        render(tokenizer, [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
+    except Exception as error:  # templates raise jinja2's TemplateError through raise_exception()
+        if type(error).__module__.split(".")[0] != "jinja2":
+            raise
+        return False
+    return True
+
+
 def with_system_prompt(tokenizer, messages: Sequence[dict]) -> list[dict]:
     """The conversation with our system prompt first; folded into the first question where a template knows no system role."""
     spoken = [{"role": m["role"], "content": m["content"]} for m in messages]
     if spoken[0]["role"] != "system":
         spoken.insert(0, {"role": "system", "content": SYSTEM_PROMPT})
-    try:
-        tokenizer.apply_chat_template(spoken[:2], tokenize=False)
-    except Exception as error:  # templates raise jinja2's TemplateError through raise_exception()
-        if type(error).__module__.split(".")[0] != "jinja2":
-            raise
+    if not takes_system_role(tokenizer, tokenizer.chat_template):
         system = spoken.pop(0)["content"]
         spoken[0] = {"role": "user", "content": f"{system}\n\n{spoken[0]['content']}"}
     return spoken
@@ -1000,7 +1027,7 @@ def encode_pieces(tokenizer, messages: Sequence[dict]) -> list[tuple[list[int], 
     What a template puts behind that token belongs to the next prompt: the model never has to produce it.
     """
     conversation = with_system_prompt(tokenizer, messages)
-    pieces, done = [], ""
+    pieces, done, special_ids = [], "", set(tokenizer.all_special_ids)
     for i, message in enumerate(conversation):
         if message["role"] != "assistant":
             continue
@@ -1011,7 +1038,7 @@ def encode_pieces(tokenizer, messages: Sequence[dict]) -> list[tuple[list[int], 
                 "the chat template rewrites earlier turns, expected one that only appends: set another template"
             )
         answer = tokenize(tokenizer, full[len(prompt) :], first=False)
-        special = [at for at, token in enumerate(answer) if token in tokenizer.all_special_ids]
+        special = [at for at, token in enumerate(answer) if token in special_ids]
         tail = answer[special[-1] + 1 :] if special else []
         answer = answer[: special[-1] + 1] if special else [*answer, tokenizer.eos_token_id]
         pieces.append((tokenize(tokenizer, prompt[len(done) :], first=not done), answer))
@@ -1137,8 +1164,8 @@ def model_shape(config: Config, hardware: Hardware):
         return AutoConfig.from_pretrained(config.base_model, revision=config.revision)
 
 
-def load_base_model(config: Config, hardware: Hardware, *, quantize: bool = True):
-    """The base model on its device, in NF4 with double quantisation or as stored; nothing of it is trainable."""
+def load_base_model(config: Config, hardware: Hardware):
+    """The base model on its device, in NF4 with double quantisation; nothing of it is trainable."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -1149,7 +1176,7 @@ def load_base_model(config: Config, hardware: Hardware, *, quantize: bool = True
         model = AutoModelForCausalLM.from_pretrained(
             config.base_model,
             revision=config.revision,
-            quantization_config=quantization if quantize else None,
+            quantization_config=quantization,
             dtype=hardware.load_dtype,
             attn_implementation=hardware.attention,
             device_map={"": torch.cuda.current_device() if hardware.device == "cuda" else "cpu"},
