@@ -297,19 +297,18 @@ def compare_merges(options: argparse.Namespace, folder: Path) -> dict:
 
 def line(name: str, results: dict[str, list[dict]]) -> dict:
     """One variant as a line of the table."""
-    seconds = {key: [r["seconds"] for r in found] for key, found in results.items()}
-    peak = {key: [r["peak_gib"] for r in found] for key, found in results.items()}
-    beside = {
-        "times peft's seconds": common.spread(common.ratios(seconds[name], seconds[PEFT])),
-        "times peft's peak": common.spread(common.ratios(peak[name], peak[PEFT])),
-    }
+    found, shown = results[name], {}
+    if PEFT in results:
+        for key, what in (("seconds", "seconds"), ("peak_gib", "peak")):
+            rates = common.ratios([r[key] for r in found], [r[key] for r in results[PEFT]])
+            shown[f"times peft's {what}"] = common.spread(rates)
     return {
         "variant": name,
-        "seconds": common.spread(seconds[name]),
-        "written GiB": common.figure(results[name][0]["gib"]),
-        "peak GiB above imports": common.spread(peak[name]),
-        "anonymous GiB": common.spread([r["anonymous_gib"] for r in results[name]]),
-        **(beside if PEFT in results else {}),
+        "seconds": common.spread([r["seconds"] for r in found]),
+        "written GiB": common.figure(found[0]["gib"]),
+        "peak GiB above imports": common.spread([r["peak_gib"] for r in found]),
+        "anonymous GiB": common.spread([r["anonymous_gib"] for r in found]),
+        **shown,
     }
 
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import common
+import merge
 import peers
 import train_gpu
 
@@ -65,6 +66,14 @@ def test_the_clock_leaves_out_the_first_step_and_evaluations(monkeypatch):
         state.global_step = step
         {"step": clock.on_step_end, "evaluate": clock.on_evaluate}[event](None, state, control)
     assert (clock.steps, clock.seconds) == (3, 10.0 + 1.0 + 2.0)
+
+
+def test_a_merge_is_shown_with_its_ratio_where_peft_ran_too():
+    results = {merge.ORIGINAL: [{"seconds": 2.0, "gib": 1.0, "peak_gib": 0.5, "anonymous_gib": 0.4}]}
+    assert "times peft's seconds" not in merge.line(merge.ORIGINAL, results)
+    results[merge.PEFT] = [{"seconds": 4.0, "gib": 1.0, "peak_gib": 5.0, "anonymous_gib": 4.0}]
+    line = merge.line(merge.ORIGINAL, results)
+    assert line["times peft's seconds"].startswith("0.5") and line["times peft's peak"].startswith("0.1")
 
 
 def test_a_peer_trains_without_what_ours_adds_to_the_model(tiny_config, cpu):
