@@ -3187,12 +3187,21 @@ def base_shards(base_model: str, revision: str | None) -> dict[str, Path]:
     return shards
 
 
-def nf4_round_trip(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What a 4-bit layer computes with: quantised to NF4 with double quantisation from `dtype`, and back, in fp32."""
-    packed, state = bnb.functional.quantize_4bit(
-        rows.to(dtype).contiguous(), quant_type="nf4", compress_statistics=True
-    )
-    return bnb.functional.dequantize_4bit(packed, state).float()
+def nf4_round_trip(pieces: Iterable[torch.Tensor], dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """What a 4-bit layer computes with: quantised to NF4 with double quantisation from `dtype`, and back, in fp32.
+
+    A tensor comes and goes in pieces of whole blocks of 64, so that bitsandbytes' own copies stay small. Double quantisation centres
+    the scales of all blocks of a tensor: every piece is read before the first goes back.
+    """
+    quantised = [bnb.functional.quantize_4bit(piece.to(dtype).contiguous(), quant_type="nf4") for piece in pieces]
+    absmax = torch.cat([state.absmax for _, state in quantised])
+    offset = absmax.mean()
+    scales, scale_state = bnb.functional.quantize_blockwise(absmax - offset, blocksize=256)
+    absmax = (bnb.functional.dequantize_blockwise(scales, scale_state) + offset).float()
+    parts = absmax.split([state.absmax.numel() for _, state in quantised])
+    for (packed, state), part in zip(quantised, parts, strict=True):
+        state.absmax = part
+        yield bnb.functional.dequantize_4bit(packed, state).float()
 
 
 def merged_rows(base: torch.Tensor, delta: Delta | None, rows: slice, name: str) -> torch.Tensor:
@@ -3291,12 +3300,12 @@ def merge_tensors(
         if len(shape) < 2:
             yield merged_rows(read_rows(file, name), None, slice(0, 1), name)
             return
-        step = max(1, BLOCK_ELEMENTS // math.prod(shape[1:]))
-        # Double quantisation centres all block scales of a tensor, so the round trip needs the tensor whole.
-        whole = nf4_round_trip(read_rows(file, name), round_trip) if delta is not None and round_trip else None
-        for start in range(0, shape[0], step):
-            rows = slice(start, min(start + step, shape[0]))
-            block = read_rows(file, name, rows.start, rows.stop) if whole is None else whole[rows]
+        step = max(64, BLOCK_ELEMENTS // math.prod(shape[1:]) // 64 * 64)  # whole blocks of NF4's 64
+        parts = [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+        blocks = (read_rows(file, name, rows.start, rows.stop) for rows in parts)
+        if delta is not None and round_trip:
+            blocks = nf4_round_trip(blocks, round_trip)
+        for rows, block in zip(parts, blocks, strict=True):
             yield merged_rows(block, delta, rows, name)
 
     groups = plan_shards(shapes, shard_bytes)

@@ -108,7 +108,7 @@ def child(options: argparse.Namespace) -> dict:
         "training_pairs": len(splits["train"]),
         "near_copies": rates[0],
         "known_answers": rates[1],
-        "training": {k: v for k, v in asdict(training).items() if k not in ("history", "plan")},
+        "training": {k: v for k, v in asdict(training).items() if k not in ("history", "plan", "checkpoints")},
         "losses": [point["loss"] for point in training.history if "loss" in point],
         "gradient_norms": [point["grad_norm"] for point in training.history if "grad_norm" in point],
         "predictions": frame.to_dict("records"),
