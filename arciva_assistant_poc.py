@@ -34,7 +34,7 @@
 #
 # This is the only cell that installs anything. Colab and RunPod ship a torch that fits their driver, so torch, numpy and pandas
 # stay as they are: a constraints file holds pip to the installed versions. An old torchao makes peft refuse to create any
-# adapter, even one that never uses it; the cell uninstalls it. Outside those two, install `requirements.txt` once and skip this cell.
+# adapter, even one that never uses it; the cell uninstalls it. Outside Colab and RunPod, install `requirements.txt` once and skip this cell.
 
 # %% tags=["active-ipynb", "skip-execution"]
 # import contextlib
@@ -46,6 +46,8 @@
 # for package in ("torch", "numpy", "pandas", "ipykernel", "ipywidgets", "jupyterlab"):
 #     with contextlib.suppress(PackageNotFoundError):
 #         kept.append(f"{package}=={version(package)}")
+# if tuple(int(part) for part in version("torch").split(".")[:2]) < (2, 6):
+#     raise RuntimeError(f"torch {version('torch')} is too old, expected 2.6 or newer: choose another image")
 # constraints = Path(tempfile.gettempdir()) / "arciva-constraints.txt"
 # constraints.write_text("\n".join(kept))
 #
@@ -107,7 +109,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from rouge_score import rouge_scorer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -375,15 +377,15 @@ def configure(hardware: Hardware, **overrides) -> tuple[Config, str]:
         base_model = str(REPOSITORY / base_model)
         if not Path(base_model).is_dir():
             raise ArcivaError(
-                f"no {PROFILES['nano']} here ({reason}); clone the repository beside the notebook, or choose a GPU and a base model on the hub"
+                f"no {PROFILES['nano']} here ({reason}); clone the repository and work inside it, or choose a GPU and a base model on the hub"
             )
     config = replace(Config(**PRESETS[profile]), **{**overrides, "base_model": base_model})
     check_config(config)
     return config, f"{base_model} ({profile}): {reason}"
 
 
-def check_config(config: Config) -> None:
-    """Refuse values that would fail later, or worse, not fail."""
+def check_config(config: Config, processes: int | None = None) -> None:
+    """Refuse values that would fail later, or worse, not fail; `processes` will train, by default those that run now."""
     numbers = (
         "rank alpha epochs learning_rate pairs_per_step row_tokens max_length max_new_tokens evaluations_per_epoch patience"
         " log_every generation_batch max_eval_rows"
@@ -395,7 +397,7 @@ def check_config(config: Config) -> None:
         raise ArcivaError(f"resume is {config.resume!r}, expected 'auto' or 'never'")
     if config.merge_base not in ("dequantized", "original"):
         raise ArcivaError(f"merge_base is {config.merge_base!r}, expected 'dequantized' or 'original'")
-    processes = process_rank()[1]
+    processes = processes or process_rank()[1]
     if config.pairs_per_step % ((config.micro_batch_pairs or 1) * processes):
         raise ArcivaError(
             f"pairs_per_step ({config.pairs_per_step}) must be a multiple of micro_batch_pairs ({config.micro_batch_pairs or 'any'})"
@@ -522,7 +524,7 @@ def quieten_libraries() -> None:
 # PAIRS_PER_STEP = None
 # MICRO_BATCH_PAIRS = None  # pairs per forward pass; None derives it from free memory
 # LOG_EVERY = None  # optimiser steps
-# THRESHOLDS = {}  # what must hold before anything is merged, as {"min_rouge_l": 0.4, "compare_to": "accepted/reports"}
+# SETTINGS = {}  # any other field of Config, as {"rank": 32, "merge_base": "original", "min_rouge_l": 0.4}
 # OUTPUT_DIR = "model_output"
 # MERGED_DIR = "final_merged_model"
 # REPORTS_DIR = "reports"
@@ -548,7 +550,7 @@ def quieten_libraries() -> None:
 #     reports_dir=REPORTS_DIR,
 #     checkpoint_dir=CHECKPOINT_DIR,
 #     resume=RESUME,
-#     **THRESHOLDS,
+#     **SETTINGS,
 # )
 # check_acceptance(config)
 # seed_everything(config.seed)
@@ -944,9 +946,9 @@ def split_examples(examples: Sequence[Example], seed: int) -> tuple[datasets.Dat
 
 # %% [markdown]
 # The last line is why the split is not random: the share of held-out rows whose very answer a random split would have given away.
-# It would have paid in figures: judged that way, this very training on a random split reaches BLEU 64 instead of 26 (`benchmarks/leak.py`).
+# What that does to the figures is measured in `benchmarks/leak.py`.
 # Near-copies were weeded out while this corpus was written; collected data usually has some, and the line above would show them.
-# Topics and languages follow by the law of large numbers, as far as whole families allow; the table shows how far.
+# Sides are not balanced by topic: a family goes as a whole, so a small held-out side can hold much of one topic, as the table shows.
 
 # %% tags=["active-ipynb"]
 # shares = pd.DataFrame(
@@ -2071,6 +2073,7 @@ def load_tuned_model(config: Config, hardware: Hardware) -> tuple[PeftModel, obj
 # The untuned base stands beside the tuned model in everything below: it is the same network with its adapter switched off. Answers
 # are decoded greedily and in batches. What all prompts share, the system prompt, is read once; padding stands before what they do not
 # share, with explicit positions; and finished answers leave the batch, so that one long answer does not keep the others computing.
+# 4-bit weights are dequantised once per call, where memory holds them, and not once per token.
 
 
 # %%
@@ -2081,6 +2084,32 @@ class Answer:
     text: str
     cut: bool
     tokens: int
+
+
+@contextlib.contextmanager
+def unpacked_weights(model, hardware: Hardware) -> Iterator[None]:
+    """Within, 4-bit layers multiply by weights dequantised once instead of at every token: the same numbers, sooner.
+
+    Four times the memory, so only where that is at most half of what is free; otherwise nothing changes.
+    """
+    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    needed = sum(layer.in_features * layer.out_features * layer.compute_dtype.itemsize for layer in layers)
+    if needed > free_memory_gib(hardware) * 2**30 / 2:
+        layers = []
+    for layer in layers:
+        weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(layer.compute_dtype)
+        layer.forward = functools.partial(multiply, weight, layer.bias)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def multiply(weight: torch.Tensor, bias: torch.Tensor | None, inputs: torch.Tensor) -> torch.Tensor:
+    """What a 4-bit layer computes, from its dequantised weight: in the weight's format, handed on in the inputs'."""
+    bias = None if bias is None else bias.to(weight.dtype)
+    return F.linear(inputs.to(weight.dtype), weight, bias).to(inputs.dtype)
 
 
 def stop_token_ids(tokenizer) -> list[int]:
@@ -2179,16 +2208,16 @@ def generate_answers(
     stop, pad_id = stop_token_ids(tokenizer), tokenizer.pad_token_id
     encoded = [encode_prompt(tokenizer, p) for p in prompts]
     order, answers = sorted(range(len(encoded)), key=lambda i: len(encoded[i])), [None] * len(encoded)
-    for at in range(0, len(order), batch_size):
-        chunk = order[at : at + batch_size]
-        with evaluation_precision(model, hardware):
+    with evaluation_precision(model, hardware), unpacked_weights(model, hardware):
+        for at in range(0, len(order), batch_size):
+            chunk = order[at : at + batch_size]
             written = generate_batch(
                 model, [encoded[i] for i in chunk], hardware, max_new_tokens=max_new_tokens, stop=stop, pad_id=pad_id
             )
-        for i, ids in zip(chunk, written, strict=True):
-            ended = bool(ids) and ids[-1] in stop
-            text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True).strip()
-            answers[i] = Answer(text, cut=not ended, tokens=len(ids))
+            for i, ids in zip(chunk, written, strict=True):
+                ended = bool(ids) and ids[-1] in stop
+                text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True).strip()
+                answers[i] = Answer(text, cut=not ended, tokens=len(ids))
     model.train(was_training)
     return answers
 
@@ -2261,7 +2290,7 @@ def predict(model, tokenizer, splits: datasets.DatasetDict, config: Config, hard
 
 # %% [markdown]
 # BLEU and chrF come from sacrebleu, with its signature in the report. ROUGE-L comes from rouge-score, but not with its default tokenizer, which
-# deletes every letter beyond a–z: *Größe* would become *gr e*. Each metric is an `evaluate.Metric`, so it drops into any
+# deletes every letter beyond a–z: *Größe* would become *gr e*. Three of them are also `evaluate.Metric`s, which drop into any
 # script of the field; nothing is fetched from the hub. Beneath them lie sums per question ("statistics") that add up to the corpus
 # figure; resampling the questions and adding again is the bootstrap.
 
@@ -2498,6 +2527,13 @@ def report_table(
 # report_table(report)
 
 # %% [markdown]
+# The same answers through `evaluate`'s interface, without intervals: BLEU must be the table's figure for the tuned model.
+
+# %% tags=["active-ipynb"]
+# rephrased = predictions.query("split == 'test' and novelty == 'rephrased'")
+# CorpusBleu().compute(predictions=rephrased["tuned_answer"], references=rephrased["reference"])
+
+# %% [markdown]
 # Read the rephrased rows first: that is the assistant doing its job. Tuned perplexity near 1 with a high ROUGE-L means it found the
 # fact behind a new wording; a low perplexity with a low ROUGE-L means fluent answers about the wrong fact. On the unseen rows a
 # model that knows what it does not know would refuse; a nano base cannot, and its figures there only show how much is
@@ -2506,9 +2542,9 @@ def report_table(
 
 # %%
 def save_predictions(predictions: pd.DataFrame, report: dict, reports_dir: str) -> None:
-    """`predictions.jsonl`, `metrics.json` and `metrics.csv`; suite results of an earlier model do not stay beside them."""
+    """`predictions.jsonl`, `metrics.json` and `metrics.csv`; suites and dashboard of an earlier model do not stay beside them."""
     folder = Path(reports_dir)
-    for name in ("suites.json", "suites_base.jsonl", "suites_tuned.jsonl"):
+    for name in ("suites.json", "suites_base.jsonl", "suites_tuned.jsonl", "dashboard.html", "dashboard.csv"):
         (folder / name).unlink(missing_ok=True)
     write_atomic(folder / "predictions.jsonl", predictions.to_json(orient="records", lines=True, force_ascii=False))
     write_atomic(folder / "metrics.json", json.dumps(report, indent=1))
@@ -2746,7 +2782,7 @@ def load_suite_results(reports_dir: str) -> dict[str, pd.DataFrame] | None:
 
 # %% [markdown]
 # Read false answers and false refusals together: a model that refuses everything has none of the former and all of the latter, and its
-# balanced accuracy is one half. The matrix below shows the share of passed items by capability and type of check.
+# balanced accuracy is one half. A nano base stays below that: it neither refuses nor answers reliably. The matrix below shows the share of passed items by capability and type of check.
 
 # %% tags=["active-ipynb"]
 # suite_matrix(suites["tuned"]).style.format("{:.0%}", na_rep="") if suites else "no suites"
@@ -2883,7 +2919,8 @@ SHOWN = [
 
 
 # %% [markdown]
-# Colab has a table of its own, to sort and filter; Jupyter gets widgets; where neither works, as on GitHub, a plain preview remains.
+# Colab has a table of its own, to sort and filter; Jupyter gets widgets, which a committed notebook does not keep: on GitHub the
+# table after the next paragraph stands in for them.
 
 
 # %%
@@ -3104,8 +3141,8 @@ def write_dashboard(
 # ## 8. fp16 Merge & Artifacts
 #
 # The adapter becomes part of the weights: $W' = W + \frac{\alpha}{r} B A$. The result loads with plain transformers, without peft
-# or bitsandbytes. It is computed tensor by tensor over the safetensors files, in fp32 and cast once, so memory does not grow
-# with the model: peft's own merge needs the whole of it.
+# or bitsandbytes. It is computed tensor by tensor over the safetensors files, in fp32 and cast once, so memory follows
+# the largest tensor: peft's own merge needs the whole model.
 #
 # Which $W$? The adapter learnt beside weights that had been rounded to 4 bits; adding it to the unrounded ones gives a model
 # that nobody has judged. The default repeats the rounding first, so that what is merged is what was measured;
@@ -3327,8 +3364,9 @@ def merge_tensors(
 def merge_adapter(config: Config) -> Path:
     """`output_dir` + base → `merged_dir`: fp16 weights, config, tokenizer and manifest, all or nothing."""
     manifest = read_manifest(config.output_dir)
-    deltas, base_model = load_deltas(config.output_dir), manifest["base_model"]
-    known = manifest.get("base_fingerprint")
+    deltas, known = load_deltas(config.output_dir), manifest.get("base_fingerprint")
+    moved = known and known == base_fingerprint(config.base_model)
+    base_model = config.base_model if moved else manifest["base_model"]
     if known and known != base_fingerprint(base_model):
         raise ArcivaError(
             f"{base_model} is not the base that {config.output_dir} was trained on; restore that base or train again"
@@ -3552,7 +3590,7 @@ def record_verification(config: Config, verification: dict, report: dict | None)
 # %% [markdown]
 # ### The whole run as a function
 #
-# `run_pipeline` is this notebook without its looks. The scripts call it; any stage can be run later from what an earlier one left on disk.
+# `run_pipeline` is the stages of this notebook as one function. The scripts call it; any stage can be run later from what an earlier one left on disk.
 
 
 # %%
@@ -3620,6 +3658,11 @@ def run_pipeline(
 
 
 # %%
+def disk_full(error: Exception) -> bool:
+    """Whether a write failed for want of space; safetensors says so in words only."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "(os error 28)" in str(error)
+
+
 def run_main(run: Callable[[], dict[str, Path]]) -> int:
     """Exit code of a script's run: 0 with a summary, 2 after one sentence on what to put right, 143 when interrupted."""
     quieten_libraries()
@@ -3632,8 +3675,8 @@ def run_main(run: Callable[[], dict[str, Path]]) -> int:
     except Interrupted as error:
         print(error, file=sys.stderr)
         return 143
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except (OSError, SafetensorError) as error:
+        if not disk_full(error):
             raise
         print("error: the disk is full; free some space, and the same command goes on", file=sys.stderr)
         return 2

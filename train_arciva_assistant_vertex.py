@@ -35,6 +35,7 @@ from pathlib import Path
 CHUNK_BYTES = 16 << 20  # of a resumable upload; a failed chunk is sent again, not the file
 RETRY_SECONDS, RETRY_DELAY = 300.0, 1.0  # transient bucket errors: for how long, and the first wait, which doubles
 MARKER, FATAL, RESULT = "UPLOADED.json", "FATAL.json", "COMPLETE.json"
+CLOUD_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 RESULT_FOLDERS = {"output_dir": "model_output", "merged_dir": "final_merged_model", "reports_dir": "reports"}
 
 
@@ -81,6 +82,13 @@ def patience():
     return DEFAULT_RETRY.with_timeout(RETRY_SECONDS).with_delay(initial=RETRY_DELAY, maximum=30.0, multiplier=2.0)
 
 
+def passing(error: Exception) -> bool:
+    """Whether an error of authentication is only the metadata or token server not answering."""
+    from google.auth.exceptions import TransportError
+
+    return getattr(error, "retryable", False) or isinstance(error.__cause__ or error, TransportError)
+
+
 class Bucket:
     """A place below gs://bucket/prefix."""
 
@@ -122,7 +130,8 @@ class Bucket:
         except api.ClientError as error:
             raise JobError(f"bucket {self.bucket}: cannot {action}: {error.message}; check the address") from error
         except GoogleAuthError as error:
-            raise JobError(
+            kind = Unavailable if passing(error) else JobError
+            raise kind(
                 f"bucket {self.bucket}: cannot {action}: {error}; check the account that this runs as"
             ) from error
 
@@ -468,14 +477,15 @@ def read_secret(name: str) -> str:
 
     override = os.environ.get("CLOUDSDK_API_ENDPOINT_OVERRIDES_SECRETMANAGER")  # gcloud's own name for it
     try:
-        credentials, project = (AnonymousCredentials(), None) if override else default()
+        credentials, project = (AnonymousCredentials(), None) if override else default(scopes=[CLOUD_SCOPE])
         project = os.environ.get("CLOUD_ML_PROJECT_ID") or project
         path = name if name.startswith("projects/") else f"projects/{project}/secrets/{name}"
         path += "" if "/versions/" in path else "/versions/latest"
         address = f"{(override or 'https://secretmanager.googleapis.com/').rstrip('/')}/v1/{path}:access"
         answer = AuthorizedSession(credentials).get(address, timeout=30)
     except GoogleAuthError as error:
-        raise JobError(f"secret {name}: {error}; give the job a service account that may read it") from error
+        kind = Unavailable if passing(error) else JobError
+        raise kind(f"secret {name}: {error}; give the job a service account that may read it") from error
     if answer.status_code in (400, 403, 404):
         raise JobError(f"secret {path}: {answer.status_code}; create it, and grant roles/secretmanager.secretAccessor")
     answer.raise_for_status()
@@ -650,9 +660,10 @@ def run_job(arguments: Sequence[str], output: Place, key: str) -> dict[str, obje
 
     folders = {name: str(work / key / folder) for name, folder in RESULT_FOLDERS.items()}
     checkpoint_dir = work / "checkpoints"
-    config, reason = arciva.configure(
-        arciva.detect_hardware(), **settings, **folders, checkpoint_dir=str(checkpoint_dir)
-    )
+    hardware = arciva.detect_hardware()
+    config, reason = arciva.configure(hardware, **settings, **folders, checkpoint_dir=str(checkpoint_dir))
+    if arciva.is_nano(config.base_model) and hardware.device == "cuda" and settings.get("base_model", "auto") == "auto":
+        raise Unavailable(reason)  # a notebook goes on with the nano base; a paid job waits for the hub
     print(f"base model    {reason}", flush=True)
     written, trained = {}, uploaded(output.at(RESULT_FOLDERS["output_dir"]))
     if trained and (trained.get("job") == key or "train" not in options.stages):
@@ -716,8 +727,14 @@ def job_main(arguments: Sequence[str]) -> int:
         try:
             return run_job(arguments, output, key)
         except (JobError, arciva.ArcivaError) as error:
+            if isinstance(error.__cause__, OSError) and "connect" in str(error.__cause__):
+                raise Unavailable(str(error)) from error  # transformers could not reach the hub
             reasons.append(str(error))
             raise arciva.ArcivaError(str(error)) from error
+        except Exception as error:
+            if arciva.disk_full(error):
+                reasons.append("the disk is full; take a larger --boot-disk-gb")
+            raise
 
     try:
         code = arciva.run_main(run)
@@ -746,7 +763,7 @@ BUILT_IN_GPUS = {
     **{f"a3-highgpu-{n}g": ("NVIDIA_H100_80GB", n) for n in (1, 2, 4, 8)},
 }
 CPU_MACHINES = re.compile(r"(n1|n2|e2|c2)-(standard|highmem|highcpu)-\d+")
-SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
+SECRET_NAME = re.compile(r"TOKEN(?!IZER)|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 
 
 def machine_spec(machine: str, accelerator: str | None, count: int | None) -> dict:
@@ -891,14 +908,12 @@ def prepare_data(options: argparse.Namespace, arguments: list[str]) -> list[str]
     import arciva_assistant_poc as arciva
 
     _, settings = parse_job(arguments)
-    arciva.check_config(arciva.Config(**settings))
-    base = settings.get("base_model", "")
-    if (
-        base
-        and Path(base).is_dir()
-        and not Path(base).resolve().is_relative_to(Path(__file__).resolve().parent / "data")
-    ):
-        raise JobError(f"base model {base} lies on this machine; copy it to the bucket and give its gs:// address")
+    gpus = machine_spec(options.machine, options.accelerator, options.accelerator_count).get("acceleratorCount", 1)
+    arciva.check_config(arciva.Config(**settings), processes=options.replicas * gpus)
+    for name in FOLDER_SETTINGS.keys() & settings.keys():
+        folder = Path(settings[name])
+        if folder.exists() and not folder.resolve().is_relative_to(Path(__file__).resolve().parent / "data"):
+            raise JobError(f"--{name} {folder} lies on this machine; copy it to the bucket and give its gs:// address")
     sources = data_sources(settings.get("data"), named_values(options.env, "--env"))
     with tempfile.TemporaryDirectory() as folder:
         paths = fetch_data(sources, Path(folder)) if sources else arciva.Config().data
@@ -938,21 +953,14 @@ def submit_job(spec: dict, options: argparse.Namespace) -> None:
     """Hand the spec to the platform by its SDK; with --follow, stay until the job ends."""
     from google.api_core.exceptions import GoogleAPICallError
     from google.auth.credentials import AnonymousCredentials
-    from google.auth.exceptions import GoogleAuthError
+    from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
     from google.cloud import aiplatform
     from google.cloud.aiplatform_v1.types import CustomJobSpec
 
     place = {"project": options.project, "location": options.region, "staging_bucket": options.staging_bucket}
     if endpoint := os.environ.get("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM"):  # gcloud's own name for it
         place |= {"api_endpoint": endpoint.rstrip("/"), "api_transport": "rest", "credentials": AnonymousCredentials()}
-    aiplatform.init(**place)
     typed = CustomJobSpec.from_json(json.dumps(spec))
-    job = aiplatform.CustomJob(
-        display_name=options.display_name,
-        worker_pool_specs=list(typed.worker_pool_specs),
-        base_output_dir=options.base_output_dir,
-        labels=named_values(options.label, "--label") or None,
-    )
     rules = {
         "service_account": typed.service_account or None,
         "tensorboard": typed.tensorboard or None,
@@ -962,7 +970,16 @@ def submit_job(spec: dict, options: argparse.Namespace) -> None:
         "restart_job_on_worker_restart": typed.scheduling.restart_job_on_worker_restart,
     }
     try:
+        aiplatform.init(**place)
+        job = aiplatform.CustomJob(
+            display_name=options.display_name,
+            worker_pool_specs=list(typed.worker_pool_specs),
+            base_output_dir=options.base_output_dir,
+            labels=named_values(options.label, "--label") or None,
+        )
         job.submit(**rules)
+    except DefaultCredentialsError as error:
+        raise JobError(f"no Google credentials: {error}; run `gcloud auth application-default login`") from error
     except (GoogleAPICallError, GoogleAuthError) as error:
         raise JobError(f"project {options.project}, region {options.region} refuse the job: {error}") from error
     number = job.resource_name.rpartition("/")[2]
@@ -975,11 +992,18 @@ def submit_job(spec: dict, options: argparse.Namespace) -> None:
 
 
 def follow(job) -> None:
-    """Print each new state of a job until it ends; anything but success is an error."""
+    """Print each new state of a job until it ends; anything but success is an error. A poll that fails is repeated."""
+    from google.api_core.exceptions import GoogleAPICallError
+
     state = None
     while True:
-        if job.state.name != state:
-            state = job.state.name
+        try:
+            found = job.state.name
+        except GoogleAPICallError as error:
+            print(f"{time.strftime('%H:%M:%S')}      no answer, asking again: {error}", file=sys.stderr, flush=True)
+            found = state
+        if found != state:
+            state = found
             print(f"{time.strftime('%H:%M:%S')}      {state.removeprefix('JOB_STATE_').lower()}", flush=True)
         if state == "JOB_STATE_SUCCEEDED":
             return

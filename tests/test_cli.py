@@ -1,5 +1,6 @@
 """The local script, from flags to exit codes. Run: pytest tests/test_cli.py"""
 
+import errno
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import ROOT
+from safetensors import SafetensorError
 
 import arciva_assistant_poc as arciva
 import train_arciva_assistant_local as local
@@ -91,6 +93,17 @@ def test_help_explains_every_setting():
     assert done.returncode == 0
     assert all(f"--{name}" in done.stdout for name in asdict(arciva.Config()))
     assert "SUPPRESS" not in done.stdout and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left"), SafetensorError("I/O error: No space left (os error 28)")]
+)
+def test_a_full_disk_is_one_sentence(error, capsys):
+    def run():
+        raise error
+
+    assert arciva.run_main(run) == 2
+    assert capsys.readouterr().err.startswith("error: the disk is full")
 
 
 def test_a_missed_threshold_ends_the_run_before_the_merge(tiny_config, capsys):

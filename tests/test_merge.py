@@ -244,6 +244,18 @@ def test_an_adapter_of_another_base_is_refused(tmp_path, chatml):
         arciva.merge_adapter(config)
 
 
+def test_a_base_that_has_moved_is_taken_from_where_it_is(tmp_path, chatml):
+    config = make_run(tmp_path, chatml)
+    arciva.merge_adapter(config)
+    expected = merged_tensors(config)
+    Path(config.base_model).rename(tmp_path / "elsewhere")
+    moved = replace(config, base_model=str(tmp_path / "elsewhere"), merged_dir=str(tmp_path / "again"))
+    arciva.merge_adapter(moved)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in merged_tensors(moved).items())
+    with pytest.raises(arciva.ArcivaError, match="not the base"):
+        arciva.merge_adapter(config)
+
+
 def test_more_than_plain_lora_is_refused(tmp_path, chatml):
     config = make_run(tmp_path, chatml)
     path = Path(config.output_dir) / "adapter_config.json"

@@ -159,6 +159,26 @@ def test_gradients_before_and_after_an_evaluation_are_equal(tiny_base, cpu, chat
     assert torch.equal(before, adapter_gradients(model, batch))
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # qwen2's layers have a bias
+def test_unpacked_weights_compute_the_same_numbers(tmp_path, cpu, chatml, architecture, monkeypatch):
+    make_model(architecture, vocabulary=len(chatml)).save_pretrained(tmp_path)
+    chatml.save_pretrained(tmp_path)
+    model, ids = quantized_model(tmp_path, cpu), torch.tensor([arciva.encode_prompt(chatml, "Where is the panel?")])
+    used, multiply = [], arciva.multiply
+    monkeypatch.setattr(arciva, "multiply", lambda *given: used.append(1) or multiply(*given))
+    with torch.inference_mode():
+        packed = model(ids).logits
+        with arciva.unpacked_weights(model, cpu):
+            assert torch.equal(model(ids).logits, packed)
+        assert len(used) == 2 * 7
+        with monkeypatch.context() as little:
+            little.setattr(arciva, "free_memory_gib", lambda hardware: 1e-4)
+            with arciva.unpacked_weights(model, cpu):
+                assert torch.equal(model(ids).logits, packed)
+        assert torch.equal(model(ids).logits, packed)
+        assert len(used) == 2 * 7
+
+
 SHAPES = {
     "7B": {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
            "vocab_size": 152064, "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False},

@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import errno
 import json
 import os
 import random
@@ -10,12 +11,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from conftest import ROOT, corpus_rows, in_whole_steps, write_rows
+from google.api_core.exceptions import ServiceUnavailable
+from google.auth.exceptions import DefaultCredentialsError, RefreshError, TransportError
 from google.cloud.aiplatform_v1.types import CustomJobSpec
+from safetensors import SafetensorError
 from worker_simulator import SCRIPT, FaultyBucket, JobEndpoint, Worker
 
 import arciva_assistant_poc as arciva
@@ -165,6 +170,18 @@ def test_errors_that_do_not_pass_in_time_are_not_taken_for_the_users(bucket, fol
         vertex.place_of("gs://training/x").files()
     monkeypatch.setattr(vertex.signal, "signal", lambda *_: None)
     assert vertex.main(["--output=gs://training/x"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind"),
+    [
+        (TransportError("metadata server: timed out"), vertex.Unavailable),
+        (ValueError("no such account"), vertex.JobError),
+    ],
+)
+def test_a_token_server_that_does_not_answer_is_no_mistake_of_the_user(cause, kind, bucket):
+    with pytest.raises(kind, match="bucket training: cannot upload"), vertex.Bucket("training").naming("upload"):
+        raise RefreshError("no token") from cause
 
 
 def test_a_missing_bucket_is_no_empty_bucket(bucket):
@@ -567,6 +584,43 @@ def test_what_a_user_got_wrong_is_one_sentence_and_left_for_replays(arguments, s
     assert vertex.main(arguments) == 2
 
 
+UNREACHABLE = "We couldn't connect to 'https://huggingface.co' to load the files"
+
+
+@pytest.mark.parametrize(
+    ("cause", "code", "reason"),
+    [
+        (OSError(UNREACHABLE), 1, None),
+        (OSError("There was a specific connection error when trying to load x/y"), 1, None),
+        (OSError("x/y is not a valid model identifier"), 2, "cannot load"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "the disk is full; take a larger --boot-disk-gb"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), 2, "the disk is full"),
+        (torch.cuda.OutOfMemoryError(), 2, "the GPU ran out of memory"),
+    ],
+)
+def test_only_what_stays_leaves_a_reason_behind(cause, code, reason, bucket, monkeypatch):
+    def run_job(*_):
+        if "model" in str(cause) or "connect" in str(cause):  # as `load_base_model` tells it
+            raise arciva.ArcivaError("cannot load 'x/y'") from cause
+        raise cause
+
+    monkeypatch.setattr(vertex.signal, "signal", lambda *_: None)
+    monkeypatch.setenv("NPROC_PER_NODE", "1")
+    monkeypatch.setattr(vertex, "run_job", run_job)
+    assert vertex.main(["--output=gs://training/r"]) == code
+    left = json.loads(vertex.place_of("gs://training/r").read(vertex.FATAL) or "null")
+    assert left is None if reason is None else reason in left["reason"]
+
+
+def test_a_paid_job_does_not_train_the_nano_base_for_want_of_the_hub(bucket, monkeypatch, tmp_path):
+    gpu = arciva.Hardware("cuda", "test", 24.0, torch.bfloat16, "test")
+    monkeypatch.setattr(arciva, "detect_hardware", lambda: gpu)
+    monkeypatch.setattr(arciva, "hub_reachable", lambda model: False)
+    monkeypatch.setattr(arciva.choose_profile, "__kwdefaults__", {"reachable": arciva.hub_reachable})
+    with pytest.raises(vertex.Unavailable, match="cannot be reached on the hub"):
+        vertex.run_job([f"--work={tmp_path}"], vertex.place_of("gs://training/n"), "1")
+
+
 def test_a_finished_result_of_another_job_is_refused_before_training(bucket):
     place = vertex.place_of("gs://training/z")
     place.write(vertex.RESULT, json.dumps({"job": "earlier"}))
@@ -603,7 +657,7 @@ FULL = [
     "--timeout=4h",
     "--disable-retries",
     "--service-account=trainer@p-1.iam.gserviceaccount.com",
-    "--env=A=1",
+    "--env=TOKENIZERS_PARALLELISM=false",
     "--display-name=arciva-1",
     "--label=team=photos",
     "--hub-token-secret=hub",
@@ -625,7 +679,7 @@ EXPECTED = {
                     "--epochs=2",
                     "--base_model=full",
                 ],
-                "env": [{"name": "A", "value": "1"}],
+                "env": [{"name": "TOKENIZERS_PARALLELISM", "value": "false"}],
             },
         }
     ],
@@ -679,6 +733,37 @@ def test_following_ends_with_the_job(end, code, submit, endpoint):
     assert code == 0 or f"ended as {end.lower()}" in noted
 
 
+def test_a_poll_that_fails_is_repeated(monkeypatch, capsys):
+    answers = iter(
+        [ServiceUnavailable("later"), "JOB_STATE_RUNNING", ServiceUnavailable("later"), "JOB_STATE_SUCCEEDED"]
+    )
+
+    class Job:
+        error = None
+
+        @property
+        def state(self):
+            if isinstance(answer := next(answers), Exception):
+                raise answer
+            return SimpleNamespace(name=answer)
+
+    monkeypatch.setattr(vertex, "POLL_SECONDS", 0.0)
+    vertex.follow(Job())
+    printed = capsys.readouterr()
+    assert "running" in printed.out and "succeeded" in printed.out and printed.err.count("asking again") == 2
+
+
+def test_without_credentials_a_submission_says_how_to_get_them(submit, monkeypatch):
+    from google.cloud import aiplatform
+
+    def refuse(**_):
+        raise DefaultCredentialsError("not found")
+
+    monkeypatch.setattr(aiplatform, "init", refuse)
+    code, _, noted = submit(*FULL)
+    assert code == 2 and "gcloud auth application-default login" in noted
+
+
 def test_local_data_is_checked_and_brought_to_the_bucket(submit, endpoint, tmp_path):
     code, _, noted = submit("--display-name=d", data=str(tmp_path / "pairs.jsonl"))
     assert code == 0, noted
@@ -710,6 +795,9 @@ def test_local_data_is_checked_and_brought_to_the_bucket(submit, endpoint, tmp_p
         (["--base-output-dir=here"], "starts with gs://"),
         (["--replicas=0"], "--replicas of 1"),
         (["--base_model=/tmp"], "lies on this machine"),
+        (["--compare_to=tests"], "lies on this machine"),
+        (["--replicas=3"], "must be a multiple"),
+        (["--machine=g2-standard-96", "--pairs_per_step=4"], "number of processes (8)"),
         (["--epocs=3"], "unrecognized arguments: --epocs=3"),
         (["--rank=0"], "rank is 0"),
         (["--merged_dir=x"], "say with --output"),

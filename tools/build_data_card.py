@@ -121,7 +121,8 @@ def overview_table(corpora: Sequence[Corpus]) -> str:
     rows += [["share of German", *(f"{n['de'] / len(c.rows):.1%}" for c, n in zip(corpora, languages, strict=True))]]
     rows += [["entries", *(len(c.entries) for c in corpora)]]
     rows += [[f"entries, {group}", *(count[group] for count in groups)] for group in GROUPS]
-    rows += [["facts used", *(len({f for r in c.rows for f in r["fact_ids"]}) for c in corpora)]]
+    facts = set(build_corpus.load_facts())  # off-topic entries rest on none and carry an id of their own
+    rows += [["facts used", *(len(facts & {f for r in c.rows for f in r["fact_ids"]}) for c in corpora)]]
     rows += [["different answers", *(len({r["response"] for r in c.rows}) for c in corpora)]]
     rows += [["near-duplicate questions", *(f"{build_corpus.near_duplicate_share(c.rows):.2%}" for c in corpora)]]
     return table(["", *(c.name for c in corpora)], rows)
@@ -207,7 +208,7 @@ def known_gaps(corpus: Corpus) -> list[str]:
         "Written, not collected: no question was asked by a user, and how often a topic comes up is a guess.",
         f"Single turns: {several} of {len(corpus.rows):,} rows are conversations of several turns.",
         f"The thinnest topics are {', '.join(f'{name} ({count})' for name, count in thinnest)}.",
-        f"Of interest to contributors are {contributor:,} rows ({contributor / len(corpus.rows):.1%}).",
+        f"{contributor:,} rows ({contributor / len(corpus.rows):.1%}) are for contributors.",
         f"German is {german.total() / len(corpus.rows):.0%} of the rows; no other language occurs.",
         *([f"Hardly any German in these styles: {', '.join(english_only)}."] if english_only else []),
         f"No row uses {unused:,} of the {len(facts):,} facts.",
@@ -281,7 +282,7 @@ form a family. A tenth of the families is held out whole (*unseen*: nothing of t
 language), and a ninth of the remaining questions one by one (*rephrased*: the facts are taught, this wording is not).
 Both halves are shared between validation and test. Sides follow from hashes alone, so the order of rows changes
 nothing and added rows move no other. Training rows that nearly repeat a held-out wording are set aside, and so are
-held-out rows whose facts are only partly taught. With the default seed ({seed}):
+held-out rows whose facts are only partly taught. With `--seed {seed}`, the default:
 
 {split_table(corpora)}
 
