@@ -2531,7 +2531,7 @@ def report_table(
 
 # %% tags=["active-ipynb"]
 # rephrased = predictions.query("split == 'test' and novelty == 'rephrased'")
-# CorpusBleu().compute(predictions=rephrased["tuned_answer"], references=rephrased["reference"])
+# CorpusBleu().compute(predictions=list(rephrased["tuned_answer"]), references=list(rephrased["reference"]))
 
 # %% [markdown]
 # Read the rephrased rows first: that is the assistant doing its job. Tuned perplexity near 1 with a high ROUGE-L means it found the

@@ -259,6 +259,13 @@ def test_predictions_survive_the_disk(tmp_path):
         arciva.load_predictions(str(tmp_path / "none"))
 
 
+def test_an_evaluation_leaves_nothing_of_an_earlier_model_beside_it(tmp_path):
+    for name in ("suites.json", "suites_tuned.jsonl", "dashboard.html", "dashboard.csv"):
+        (tmp_path / name).write_text("of an earlier model")
+    arciva.save_predictions(frame(4), arciva.build_report(frame(), arciva.Config()), str(tmp_path))
+    assert {p.name for p in tmp_path.iterdir()} == {"predictions.jsonl", "metrics.json", "metrics.csv"}
+
+
 def test_best_and_worst_are_ordered_by_the_metric():
     rated = arciva.rate_generations(frame())
     picked = arciva.best_and_worst(rated, "tuned_rouge_l", count=3)
