@@ -10,6 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -457,12 +459,12 @@ def test_a_job_interrupted_four_times_ends_with_the_weights_of_an_uninterrupted_
     run_here(job("whole"), tmp_path, monkeypatch)
     bucket.delay = 0.005
     worker, moments = Worker(job("parts"), tmp_path / "machine", bucket), random.Random(7)
-    later = [moments.uniform(0.3, 1.2) for _ in range(4)]
+    later = [start + moments.randrange(6) for start in (2, 9, 16, 23)]  # of 40 steps; each fourth saves and uploads
     plan = [
-        ("SIGTERM", lambda w: w.training_for() > later[0]),
-        ("SIGKILL", lambda w: w.training_for() > later[1] and w.uploading()),
-        ("SIGTERM", lambda w: w.training_for() > later[2]),
-        ("SIGKILL", lambda w: w.training_for() > later[3] and w.saving()),
+        ("SIGTERM", lambda w: w.steps() >= later[0]),
+        ("SIGKILL", lambda w: w.steps() >= later[1] and w.uploading()),
+        ("SIGTERM", lambda w: w.steps() >= later[2]),
+        ("SIGKILL", lambda w: w.steps() >= later[3] and w.saving()),
     ]
     interrupt(worker, plan, fresh=lambda: len(worker.starts) == 2)
     assert [s.signal for s in worker.starts] == ["SIGTERM", "SIGKILL", "SIGTERM", "SIGKILL", ""]
@@ -479,8 +481,19 @@ def test_two_processes_of_a_job_train_as_one_and_survive_a_signal(job, bucket, t
     settings = {"data": "gs://training/data/whole.jsonl", "dropout": 0.0, "stages": "train", "micro_batch_pairs": 4}
     run_here(job("one", **settings), tmp_path, monkeypatch)
     worker = Worker(job("two", **settings), tmp_path / "machine", bucket, environment={"NPROC_PER_NODE": "2"})
-    interrupted = worker.start("SIGTERM", lambda w: w.training_for() > 1.0)
-    assert interrupted.signal and interrupted.code != 0, interrupted.log[-3000:]
+    uploads = threading.Event()
+
+    def hold_the_second_checkpoint(method: str, path: str) -> None:
+        """Keeps the first process in its upload while the signal comes, with 32 of 40 steps to go."""
+        if "checkpoint-8" in path and not uploads.is_set():
+            uploads.set()
+            time.sleep(1.0)
+
+    bucket.fault = hold_the_second_checkpoint
+    interrupted = worker.start("SIGTERM", lambda w: uploads.is_set())
+    assert interrupted.signal and interrupted.code != 0 and "stopped by SIGTERM at step" in interrupted.log, (
+        interrupted.log[-3000:]
+    )
     ended = worker.start()
     assert ended.code == 0 and "going on from step" in ended.log, ended.log[-3000:]
     one, two = (

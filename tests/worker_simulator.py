@@ -209,6 +209,12 @@ class Worker:
             self.trained_at = time.monotonic()
         return -1.0 if self.trained_at is None else time.monotonic() - self.trained_at
 
+    def steps(self) -> int:
+        """Optimiser steps of the run that are behind this start, of a job that logs every one."""
+        log = self.log.read_text()
+        begun = re.search(r"going on from step (\d+)", log)
+        return (int(begun[1]) if begun else 0) + log.count("{'loss': ")
+
     def alive_for(self) -> float:
         """Seconds since this start."""
         return time.monotonic() - self.began
