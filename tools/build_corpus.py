@@ -20,6 +20,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import yaml
@@ -39,25 +40,49 @@ STYLES = ("polite", "plain", "keywords", "symptom", "alias", "story", "premise",
 # The answer's form follows the question: who types two words wants one sentence.
 FORM_OF_STYLE = {"keywords": "short", "plain": "short", "typo": "short", "premise": "premise"}
 KINDS = ("how-to", "where", "what", "shortcut", "troubleshoot", "limit", "not-available", "off-topic")
-MAX_WORDS = {"short": 34, "full": 95, "premise": 80}
+MIN_WORDS, MAX_WORDS = 3, {"short": 34, "full": 95, "premise": 80}
 MIN_QUESTIONS = {True: {"en": 6, "de": 3}, False: {"en": 3, "de": 1}}
+MIN_STYLES = {"en": 6, "de": 3}  # of a common entry: as many ways of asking
 
 Language = Literal["en", "de"]
 QUOTED = re.compile(r'"([^"\n]+)"')
 # What makes a first sentence a denial; an answer about an absent feature opens with one.
 DENIAL = {
-    "en": re.compile(
-        r"\b(no|not|none|cannot|can't|never|without|isn't|doesn't|nothing|neither|only|nowhere|lacks?)\b", re.I
-    ),
-    "de": re.compile(r"\b(nein|nicht|nichts|kein\w*|nie|niemals|ohne|weder|nur|nirgends|fehlt)\b", re.I),
+    "en": re.compile(r"\b(no|not|none|cannot|never|neither|nothing|nowhere|lacks?|unavailable)\b|\w+n't\b", re.I),
+    "de": re.compile(r"\b(nein|nicht|nichts|kein\w*|nie|niemals|weder|nirgends|fehlt|fehlen)\b", re.I),
 }
-# Further words that deny or place elsewhere, in whatever sentence a missing feature is named.
-DENIAL_ANYWHERE = {
-    "en": re.compile(
-        r"\w+n't\b|\b(instead of|rather than|ignored|missing|rejected as|outside (?:Arciva|what))\b", re.I
+# An answer serves every question of its form: yes or no would be wrong for the next one, a pronoun has nothing to stand for.
+VERDICT = re.compile(r"(?:Yes|No|Ja|Nein|Doch)\b")
+PRONOUN = {
+    "en": re.compile(r"(?:It (?!makes|depends|is (?:not |im)possible)|They |Its |Their )"),
+    "de": re.compile(
+        r"(?:Er |Sie (?![A-ZÄÖÜ])|Ihr |Es (?:ist|heißt|hat|zeigt|setzt|richtet|liegt|steht|enthält|bietet|speichert) )"
     ),
-    "de": re.compile(r"\b(statt|anstatt|fehlen|ignoriert|wirkungslos|verworfen|außerhalb von Arciva)\b", re.I),
 }
+# What denies a feature that a sentence names. "Only" and "without" do so just before its name: "without a watermark".
+DENIAL_OF_TERM = {
+    "en": re.compile(
+        r"\b(no|not|none|cannot|never|neither|nor|nothing|nowhere|lacks?|instead of|rather than|ignored|missing|unavailable"
+        r"|rejected as|outside (?:Arciva|what)|another product)\b|\w+n't\b|\bwithout (?:\w+ ){0,2}$",
+        re.I,
+    ),
+    "de": re.compile(
+        r"\b(nein|nicht|nichts|kein\w*|nie|niemals|weder|noch|nirgends|fehlt|fehlen|statt|anstatt|ignoriert|wirkungslos"
+        r"|verworfen|außerhalb von Arciva|anderes Produkt)\b|\bohne (?:\w+ ){0,2}$",
+        re.I,
+    ),
+}
+# A denial reaches no further than its clause: "a watermark, but no logo" claims the watermark.
+ENDS_BEFORE = re.compile(r"[;:]|\b(?:but|aber|sondern)\b", re.I)
+ENDS_AFTER = re.compile(r"[,;:]|\b(?:but|aber|sondern|and|und|until|bis|which|that)\b", re.I)
+CONDITION = re.compile(r"(?:If|When|Once|Wenn|Falls|Sobald)\b")
+# Predicates that deny a whole list before them.
+LIST_DENIAL = re.compile(
+    r"\b(?:gibt es \w*\s?(?:nicht|kein)|(?:kennt|hat) (?:Arciva|die App) \w*\s?nicht|(?:lassen|lässt) sich [^,;]*nicht"
+    r"|do(?:es)? not exist|(?:is|are) (?:not (?:available|supported|possible|part)|missing)|cannot be|fehl(?:t|en))\b"
+    r"|n't (?:available|supported|exist)",
+    re.I,
+)
 FUNCTION_WORDS = {
     "en": set(
         [
@@ -161,6 +186,11 @@ class Entry(BaseModel):
                 raise ValueError(f"{language}: questions without a full or short answer")
         return self
 
+    @property
+    def rests_on(self) -> list[str]:
+        """The facts behind the entry; what rests on none is a fact of its own."""
+        return self.fact_ids or [self.id]
+
     def rows(self) -> list[dict]:
         """Corpus rows in authored order; a row's id depends on its entry and its words alone."""
         rows = []
@@ -177,14 +207,15 @@ class Entry(BaseModel):
                         "topic": self.topic,
                         "kind": self.kind,
                         "style": style,
-                        "fact_ids": self.fact_ids or [self.id],
+                        "fact_ids": self.rests_on,
                     }
                 )
         return rows
 
     def form(self, language: str, style: str) -> str:
         """The form of answer that fits the question's style; the nearest one where that was not written."""
-        wanted = FORM_OF_STYLE.get(style, "full")
+        steps = self.kind == "how-to" and style == "plain"  # who asks in a whole sentence how, wants the steps
+        wanted = "full" if steps else FORM_OF_STYLE.get(style, "full")
         return next((form for form in (wanted, "full") if self.answers[language].get(form)), "short")
 
     def answer(self, language: str, style: str) -> str:
@@ -312,26 +343,37 @@ def sentences(text: str) -> list[str]:
     return [s for s in re.split(r"(?<=[.!?])\s+|(?<=[.!?][\"')])\s+(?=[A-ZÄÖÜ])|\n+", text.strip()) if s.strip()]
 
 
+def denied(language: str, sentence: str, term: re.Match) -> bool:
+    """Whether the clause of `sentence` that holds `term` denies it; what stands in quotes is a label and claims nothing."""
+    before, after = sentence[: term.start()], sentence[term.end() :]
+    if before.count('"') % 2:
+        return True
+    clause = ENDS_BEFORE.split(before)[-1]
+    if CONDITION.match(sentence):
+        clause = clause.rpartition(",")[2]
+    parts = (clause, term[0], ENDS_AFTER.split(after)[0])
+    return any(DENIAL_OF_TERM[language].search(part) for part in parts) or bool(LIST_DENIAL.search(after))
+
+
 def absent_claims(language: str, form: str, answer: str) -> list[str]:
-    """Sentences that name what Arciva does not have and deny nothing.
+    """Sentences that name what Arciva does not have and do not deny it.
 
     A premise answer may deny first and name the thing in its second sentence.
     """
     found, before = {}, False
-    for sentence in sentences(answer):
-        denies = bool(DENIAL[language].search(sentence) or DENIAL_ANYWHERE[language].search(sentence))
-        if not denies and not (form == "premise" and before):
-            for fact, pattern in absent_patterns(KNOWLEDGE / ABSENT_TERMS).items():
-                if match := pattern.search(sentence):
+    for sentence in sentences(answer.replace("’", "'")):
+        for fact, pattern in absent_patterns(KNOWLEDGE / ABSENT_TERMS).items():
+            for match in pattern.finditer(sentence):
+                if not denied(language, sentence, match) and not (form == "premise" and before):
                     found.setdefault((match[0].lower(), sentence), (match[0], fact))
-        before = denies
+        before = bool(DENIAL_OF_TERM[language].search(sentence))
     return [
         f"claims {term!r}, which Arciva does not have ({fact}): {sentence!r}"
         for (_, sentence), (term, fact) in found.items()
     ]
 
 
-def lint_entry(entry: Entry, facts: dict[str, dict], labels: str) -> list[str]:
+def lint_entry(entry: Entry, facts: dict[str, dict]) -> list[str]:
     """Problems of one entry: what its answers must carry, may quote, and how they open."""
     found = []
     if not re.fullmatch(r"[a-z0-9]+(?:-[a-z0-9]+)*", entry.id) or not entry.id.startswith(entry.topic):
@@ -342,6 +384,8 @@ def lint_entry(entry: Entry, facts: dict[str, dict], labels: str) -> list[str]:
     if not entry.fact_ids and entry.kind != "off-topic":
         found.append("no fact_ids")
     absent = any(facts.get(f, {}).get("absent") for f in entry.fact_ids)
+    if entry.common and not entry.must and not absent and any(facts.get(f, {}).get("labels") for f in entry.fact_ids):
+        found.append("must is empty: name what every answer has to carry")
     if entry.kind == "not-available" and not absent:
         found.append("kind is not-available, but no absent fact is named")
     for language in ("en", "de"):
@@ -355,33 +399,65 @@ def lint_entry(entry: Entry, facts: dict[str, dict], labels: str) -> list[str]:
         asked = {style for mapping in questions for style in mapping}
         if "premise" in asked and "premise" not in forms and entry.kind not in ("not-available", "off-topic"):
             found.append(f"{language}: a premise question without a premise answer")
+        if entry.common and len(asked) < (least := MIN_STYLES[language]):
+            found.append(f"{language}: {len(asked)} ways of asking, expected {least} or more")
+        if {"short", "full"} <= set(forms) and len(words(forms["short"])) > len(words(forms["full"])):
+            found.append(f"{language}: the short answer is longer than the full one")
         for form, answer in forms.items():
-            found += [f"{language}.{form}: {p}" for p in lint_answer(entry, language, form, answer, labels)]
+            found += [f"{language}.{form}: {p}" for p in lint_answer(entry, language, form, answer, facts)]
         for mapping in questions:
             for style, question in mapping.items():
                 if not 2 <= len(words(question)) <= 75 and style != "keywords":
                     found.append(f"{language}: question of {len(words(question))} words: {question[:50]!r}")
+                if style != "keywords" and other_language(question, language):
+                    found.append(f"{language}: question does not read as {language}: {question[:50]!r}")
     return found
 
 
-def lint_answer(entry: Entry, language: str, form: str, answer: str, labels: str) -> list[str]:
+def other_language(text: str, language: str) -> bool:
+    """Whether the function words outside of quoted labels are rather those of the other language."""
+    tokens = [w.lower() for w in words(QUOTED.sub("", text))]
+    score = {lang: sum(t in vocabulary for t in tokens) for lang, vocabulary in FUNCTION_WORDS.items()}
+    return score["de" if language == "en" else "en"] > score[language] + 1
+
+
+def unknown_labels(entry: Entry, answer: str, facts: dict[str, dict]) -> list[str]:
+    """Quoted labels that are no fact's label as a whole, nor whole words of one of the entry's own facts."""
+    own = "\n".join(str(label) for fact in entry.fact_ids for label in facts.get(fact, {}).get("labels", []))
+    return [
+        quoted
+        for quoted in QUOTED.findall(answer)
+        if quoted not in all_labels(facts) and not re.search(rf"(?<!\w){re.escape(quoted)}(?!\w)", own)
+    ]
+
+
+def all_labels(facts: dict[str, dict]) -> set[str]:
+    return {str(label) for fact in facts.values() for label in fact["labels"]}
+
+
+def lint_answer(entry: Entry, language: str, form: str, answer: str, facts: dict[str, dict]) -> list[str]:
+    """Problems of one answer, as reasons."""
+    answer, count = answer.strip(), len(words(answer))
     found = [f"lacks required {term!r}" for term in entry.must if term not in answer]
-    if len(words(answer)) > MAX_WORDS[form]:
-        found.append(f"{len(words(answer))} words, at most {MAX_WORDS[form]}")
-    found += [f"quotes {q!r}, which no fact contains" for q in QUOTED.findall(answer) if q not in labels]
+    if not MIN_WORDS <= count <= MAX_WORDS[form]:
+        found.append(f"{count} words, expected {MIN_WORDS} to {MAX_WORDS[form]}")
+    found += [f"quotes {label!r}, which no fact contains" for label in unknown_labels(entry, answer, facts)]
     if entry.kind == "not-available" and not DENIAL[language].search(first_sentence(answer)):
         found.append(f"does not open with a denial: {first_sentence(answer)[:60]!r}")
-    tokens = [w.lower() for w in words(QUOTED.sub("", answer))]
-    score = {lang: sum(t in vocabulary for t in tokens) for lang, vocabulary in FUNCTION_WORDS.items()}
-    other = "de" if language == "en" else "en"
-    if score[other] > score[language] + 1:
+    if form != "premise" and VERDICT.match(answer):
+        found.append(f"opens with a verdict on one question: {answer[:60]!r}")
+    if form != "premise" and PRONOUN[language].match(answer):
+        found.append(f"opens with a pronoun: {answer[:60]!r}")
+    if form == "short" and entry.kind != "off-topic" and len(sentences(answer)) > 1:
+        found.append(f"{len(sentences(answer))} sentences, a short answer is one: {answer[:60]!r}")
+    if other_language(answer, language):
         found.append(f"does not read as {language}: {answer[:60]!r}")
     if re.search(r"[„“”‚‘]", answer):
         found.append("uses typographic quotes; labels stand in straight ones")
     return found + absent_claims(language, form, answer)
 
 
-def lint_overrides(entries: list[Entry], overrides: dict[str, Override], labels: str) -> list[str]:
+def lint_overrides(entries: list[Entry], overrides: dict[str, Override], facts: dict[str, dict]) -> list[str]:
     """Problems of the reviewers' overrides: rows that are gone or were rewritten since, and answers that break a rule."""
     authored = {row["id"]: (entry, row) for entry in entries for row in entry.rows()}
     found = []
@@ -396,7 +472,7 @@ def lint_overrides(entries: list[Entry], overrides: dict[str, Override], labels:
             )
         if override.answer is not None:
             form = entry.form(row["language"], row["style"])
-            reasons = lint_answer(entry, row["language"], form, override.answer, labels)
+            reasons = lint_answer(entry, row["language"], form, override.answer, facts)
             found += [f"overrides: {override.id}: {reason}" for reason in reasons]
     return found
 
@@ -404,15 +480,14 @@ def lint_overrides(entries: list[Entry], overrides: dict[str, Override], labels:
 def lint(entries: list[Entry], facts: dict[str, dict], overrides: dict[str, Override] | None = None) -> list[str]:
     """Every problem of the knowledge, one line each, as `file: entry: reason`."""
     overrides = overrides or {}
-    labels = "\n".join(label for fact in facts.values() for label in map(str, fact["labels"]))
-    problems = [f"{e.source}: {e.id}: {p}" for e in entries for p in lint_entry(e, facts, labels)]
+    problems = [f"{e.source}: {e.id}: {p}" for e in entries for p in lint_entry(e, facts)]
     problems += [f"{i}: id used {n} times" for i, n in Counter(e.id for e in entries).items() if n > 1]
     asked = defaultdict(list)
     for entry in entries:
         for row in apply_overrides(entry.rows(), overrides):
             asked[arciva.normalise(row["instruction"])].append(entry.id)
     problems += [f"{', '.join(ids)}: the same question twice: {q!r}" for q, ids in asked.items() if len(ids) > 1]
-    return problems + lint_overrides(entries, overrides, labels)
+    return problems + lint_overrides(entries, overrides, facts)
 
 
 def near_duplicate_share(rows: list[dict]) -> float:
@@ -424,66 +499,43 @@ def near_duplicate_share(rows: list[dict]) -> float:
     return repeated / len(rows)
 
 
-SEED_ENTRIES = {"facts": 310, "not-available": 62, "off-topic": 21}
+SEED_ROWS = 1_250
 
 
-def rank(entry: Entry) -> tuple:
-    """Order in which a topic's entries enter the seed corpus: what photographers ask first, then by hash."""
-    return (not entry.common, arciva.fraction("seed", entry.id))
+def group_of(kind: str) -> str:
+    """What an entry is about: what is, what is not available, or what is off-topic."""
+    return {"not-available": "not available", "off-topic": "off-topic"}.get(kind, "what is")
+
+
+def fact_families(entries: list[Entry]) -> list[list[Entry]]:
+    """Entries that share facts, together, as the split keeps them; families in the order of a hash of their names."""
+    names = arciva.fact_families([SimpleNamespace(fact_ids=entry.rests_on) for entry in entries])
+    families = defaultdict(list)
+    for entry in sorted(entries, key=lambda e: e.id):
+        families[names[entry.rests_on[0]]].append(entry)
+    return [families[name] for name in sorted(families, key=lambda n: (arciva.fraction("seed", n), n))]
 
 
 def seed_entries(entries: list[Entry]) -> list[Entry]:
-    """The seed corpus's entries: each topic's share follows its size, with rare entries counted a quarter."""
-    chosen = []
-    groups = {
-        "facts": [e for e in entries if e.kind not in ("not-available", "off-topic")],
-        "not-available": [e for e in entries if e.kind == "not-available"],
-        "off-topic": [e for e in entries if e.kind == "off-topic"],
-    }
-    for name, members in groups.items():
-        topics = defaultdict(list)
-        for entry in members:
-            topics[entry.topic].append(entry)
-        weight = {t: sum(1.0 if e.common else 0.25 for e in found) for t, found in topics.items()}
-        for topic, found in sorted(topics.items()):
-            quota = round(SEED_ENTRIES[name] * weight[topic] / sum(weight.values()))
-            chosen += sorted(found, key=rank)[:quota]
-    return chosen
+    """Entries of the seed corpus: whole families, so that about `SEED_ROWS` rows have each topic's and kind's share.
 
-
-def word_pieces(text: str) -> set[str]:
-    """Four-letter pieces of the words: what two wordings share beyond whole words."""
-    return {w[i : i + 4] for w in arciva.normalise(text).split() for i in range(max(1, len(w) - 3))}
-
-
-def typical(rows: list[dict], answers: str, count: int) -> list[dict]:
-    """The `count` most typical wordings of those that share an answer: the ones with most word pieces in common with the rest."""
-    by_answer = defaultdict(list)
-    for row in rows:
-        by_answer[row["response"]].append(row)
-    best = max(
-        by_answer.values(), key=lambda found: (min(len(found), count), -len(found[0]["response"]), found[0]["id"])
-    )
-    pieces = {row["id"]: word_pieces(row["instruction"]) for row in rows}
-    shared = Counter(piece for found in pieces.values() for piece in found) + Counter(2 * list(word_pieces(answers)))
-    score = {i: sum(shared[p] - 1 for p in found) / (len(found) + 6) for i, found in pieces.items()}
-    ranked = sorted(rows, key=lambda row: (row not in best, -score[row["id"]], row["id"]))
-    return ranked[:count]
-
-
-def seed_rows(entry: Entry) -> list[dict]:
-    """An entry's three most typical wordings in one language, in both for one entry in eight, with one answer as far as possible.
-
-    Three wordings of one language teach more than one and a half of each; the extended corpus has every entry in both, and in all forms.
+    What a stratum's last family has too many or too few is made up for in the next one. An added entry moves others only within
+    its own stratum and where that difference is carried on.
     """
-    picked = {}
-    for language in ("en", "de"):
-        rows = [r for r in entry.rows() if r["language"] == language]
-        picked[language] = typical(rows, " ".join(entry.answers[language].values()), 3)
-    draw = arciva.fraction("seed language", entry.id)
-    if draw < 0.62 or len(picked["de"]) < 3:
-        return picked["en"]
-    return picked["de"] if draw < 0.875 else picked["en"] + picked["de"]
+    strata = defaultdict(list)
+    for family in fact_families(entries):
+        strata[group_of(family[0].kind), family[0].topic].append(family)
+    share = SEED_ROWS / sum(len(entry.rows()) for entry in entries)
+    chosen, wanted, taken = [], 0.0, 0
+    for _, families in sorted(strata.items()):
+        sizes = [sum(len(entry.rows()) for entry in family) for family in families]
+        wanted += share * sum(sizes)
+        for family, size in zip(families, sizes, strict=True):
+            if taken + size / 2 > wanted:
+                break
+            chosen += family
+            taken += size
+    return chosen
 
 
 def to_jsonl(rows: Iterable[dict]) -> str:
@@ -495,7 +547,7 @@ def build(entries: list[Entry], overrides: dict[str, Override] | None = None) ->
     overrides = load_overrides()[0] if overrides is None else overrides
     extended = sorted((row for entry in entries for row in entry.rows()), key=lambda r: r["id"])
     # Overrides come after the choice, so that a discarded row moves no other into or out of the seed corpus.
-    seed = sorted((row for entry in seed_entries(entries) for row in seed_rows(entry)), key=lambda r: r["id"])
+    seed = sorted((row for entry in seed_entries(entries) for row in entry.rows()), key=lambda r: r["id"])
     return {EXTENDED: to_jsonl(apply_overrides(extended, overrides)), SEED: to_jsonl(apply_overrides(seed, overrides))}
 
 

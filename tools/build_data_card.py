@@ -56,10 +56,6 @@ def load_corpus(name: str, path: Path) -> Corpus:
     return Corpus(name, path, rows, arciva.split_examples(examples, arciva.Config().seed)[1])
 
 
-def group_of(kind: str) -> str:
-    return {"not-available": "not available", "off-topic": "off-topic"}.get(kind, "what is")
-
-
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table: first column left, the others right; whole numbers with thousands separators."""
     cells = [[f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in rows]
@@ -111,7 +107,7 @@ def count_table(title: str, key: Callable[[dict], str], corpora: Sequence[Corpus
 
 
 def overview_table(corpora: Sequence[Corpus]) -> str:
-    groups = [Counter(group_of(kind) for kind in corpus.entries.values()) for corpus in corpora]
+    groups = [Counter(build_corpus.group_of(kind) for kind in corpus.entries.values()) for corpus in corpora]
     languages = [Counter(row["language"] for row in corpus.rows) for corpus in corpora]
     rows = [["rows", *(len(c.rows) for c in corpora)]]
     rows += [

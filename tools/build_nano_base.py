@@ -235,7 +235,7 @@ def main() -> int:
         batch_tokens=args.batch_tokens,
         seed=SEED + len(earlier),
     )
-    with arciva.atomic_folder(args.out) as folder:
+    with arciva.atomic_folder(args.out, made="training.json") as folder:
         model.half().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         settings = {k: v for k, v in vars(args).items() if k not in ("out", "go_on_from")}
