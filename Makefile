@@ -32,7 +32,7 @@ bench: $(STAMP)  ## every benchmark that needs no GPU, on an idle machine; bench
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	$(BIN)/python benchmarks/train_cpu.py
 	$(BIN)/python benchmarks/train_cpu.py --sweep --repeats 1
-	$(BIN)/python benchmarks/train_gpu.py --shape tiny --quick
+	$(BIN)/python benchmarks/train_gpu.py --shape tiny --quick --compile
 	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/merge.py --bases

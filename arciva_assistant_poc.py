@@ -38,10 +38,13 @@
 
 # %% tags=["active-ipynb", "skip-execution"]
 # import contextlib
+# import sys
 # import tempfile
 # from importlib.metadata import PackageNotFoundError, version
 # from pathlib import Path
 #
+# if sys.version_info < (3, 11):
+#     raise RuntimeError(f"Python {sys.version.split()[0]} is too old, expected 3.11 or newer: choose another image")
 # kept = []
 # for package in ("torch", "numpy", "pandas", "ipykernel", "ipywidgets", "jupyterlab"):
 #     with contextlib.suppress(PackageNotFoundError):
@@ -51,19 +54,28 @@
 # constraints = Path(tempfile.gettempdir()) / "arciva-constraints.txt"
 # constraints.write_text("\n".join(kept))
 #
-# %pip install -q -c {constraints} "transformers==5.23.0" "peft==0.21.2" "bitsandbytes==0.50.2" "accelerate==1.15.0" "datasets==5.2.0" "evaluate==0.4.6" "rouge-score==0.1.2" "sacrebleu==2.6.0" "matplotlib==3.11.2" "pydantic==2.14.3"
+# pins = (
+#     "transformers==5.23.0 peft==0.21.2 bitsandbytes==0.50.2 accelerate==1.15.0 datasets==5.2.0 evaluate==0.4.6"
+#     " rouge-score==0.1.2 sacrebleu==2.6.0 matplotlib==3.11.2 pydantic==2.14.3"
+# )
+# %pip install -q -c {constraints} {pins}
 #
-# try:
+# for pin in pins.split():  # pip reports a conflict and goes on; what the image brought must not be taken for it
+#     name, _, expected = pin.partition("==")
+#     if version(name) != expected:
+#         raise RuntimeError(
+#             f"{name} is {version(name)}, expected {expected}: see what pip says above, then restart and run again"
+#         )
+# with contextlib.suppress(PackageNotFoundError):
 #     if tuple(int(part) for part in version("torchao").split(".")[:2]) < (0, 16):
 #         %pip uninstall -q -y torchao
-# except PackageNotFoundError:
-#     pass
 # %% [markdown]
 # ## 2. Library Imports & Global Configuration
 #
 # All knobs live in one frozen `Config` that functions are given. A *profile* is a set of values for one size of base model,
 # never another code path: the nano run does exactly what the 7B run does.
 # %%
+import base64
 import contextlib
 import copy
 import errno
@@ -71,6 +83,7 @@ import functools
 import gc
 import hashlib
 import html
+import http.client
 import importlib.metadata
 import importlib.util
 import json
@@ -82,6 +95,7 @@ import shutil
 import signal
 import struct
 import sys
+import tempfile
 import threading
 import time
 import unicodedata
@@ -111,6 +125,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from rouge_score import rouge_scorer
 from safetensors import SafetensorError, safe_open
 from torch.nn import functional as F
+from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -118,6 +133,7 @@ from transformers import (
     BitsAndBytesConfig,
     DynamicCache,
     EarlyStoppingCallback,
+    GenerationConfig,
     Trainer,
     TrainerCallback,
     TrainerState,
@@ -197,6 +213,7 @@ class Config:
     min_checklists: float | None = knob(None, "smallest share of passed checklist items, 0 to 1")
     min_balanced_accuracy: float | None = knob(None, "smallest balanced accuracy on hallucination probes, 0 to 1")
     compare_to: str | None = knob(None, "reports folder of an accepted model that this one must not fall behind")
+    not_worse_than_base: bool = knob(False, "refuse a model that is worse than its untuned base, beyond chance")
     # merge
     merge_base: str = knob(
         "dequantized", "weights that receive the adapter: dequantized (what was trained beside) or original"
@@ -271,14 +288,26 @@ class Hardware:
 
     @property
     def attention(self) -> str:
-        """Kernel of the attention: torch's fused one, but on a CPU its block mask costs more than plain products do."""
-        return "eager" if self.device == "cpu" else "sdpa"
+        """Kernel of the attention, in transformers' words."""
+        return choose_attention(self.device)[0]
+
+    @property
+    def attention_reason(self) -> str:
+        """Why this kernel."""
+        return choose_attention(self.device)[1]
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision where `dtype` is a 16-bit format; nothing in fp32."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device, dtype=self.dtype)
+
+
+def choose_attention(device: str) -> tuple[str, str]:
+    """Attention kernel for a device, with the reason; benchmarks/train_gpu.py measures the others beside it."""
+    if device == "cpu":
+        return "eager", "on a CPU the fused kernel's block mask costs more than plain products do"
+    return "sdpa", "torch's fused kernel runs on every GPU; others must first show on this one that they pay"
 
 
 def cpu_multiplies_bf16() -> bool:
@@ -391,8 +420,18 @@ def check_config(config: Config, processes: int | None = None) -> None:
         " log_every generation_batch max_eval_rows"
     )
     for name in numbers.split():
-        if getattr(config, name) <= 0:
+        if not 0 < getattr(config, name) < math.inf:
             raise ArcivaError(f"{name} is {getattr(config, name)}, expected a number above 0")
+    below = {"dropout": 1, "warmup": 1, "max_grad_norm": math.inf, "micro_batch_pairs": math.inf, "seed": 2**32}
+    for name, limit in below.items():
+        if not 0 <= getattr(config, name) < limit:  # also refuses NaN
+            most = f" and below {limit}" if limit < math.inf else ""
+            raise ArcivaError(f"{name} is {getattr(config, name)}, expected 0 or more{most}")
+    check_folders(config)
+    if config.report_to not in ("none", "tensorboard", "wandb"):
+        raise ArcivaError(f"report_to is {config.report_to!r}, expected 'none', 'tensorboard' or 'wandb'")
+    if config.report_to != "none" and not importlib.util.find_spec(config.report_to):
+        raise ArcivaError(f"report_to is {config.report_to!r}, which is not installed; pip install {config.report_to}")
     if config.resume not in ("auto", "never"):
         raise ArcivaError(f"resume is {config.resume!r}, expected 'auto' or 'never'")
     if config.merge_base not in ("dequantized", "original"):
@@ -403,6 +442,35 @@ def check_config(config: Config, processes: int | None = None) -> None:
             f"pairs_per_step ({config.pairs_per_step}) must be a multiple of micro_batch_pairs ({config.micro_batch_pairs or 'any'})"
             f" times the number of processes ({processes})"
         )
+
+
+FOLDERS = ("output_dir", "merged_dir", "reports_dir", "checkpoint_dir")
+
+
+def check_folders(config: Config) -> None:
+    """Refuse an adapter or merged folder that could not be replaced as a whole without taking something else with it."""
+    places = {name: Path(getattr(config, name)).expanduser().resolve() for name in FOLDERS}
+    for name in ("output_dir", "merged_dir"):
+        for other, place in {**places, "the working folder": Path.cwd()}.items():
+            if name != other and place.is_relative_to(places[name]):
+                raise ArcivaError(
+                    f"{other} ({place}) lies in {name} ({places[name]}), expected a folder of its own; name another"
+                )
+
+
+def check_writable(config: Config) -> None:
+    """Refuse, before any training, folders that its results could not be written to."""
+    for name in FOLDERS:
+        place = Path(getattr(config, name)).absolute()
+        replaced = name in ("output_dir", "merged_dir")  # written beside its place and renamed
+        folder = next(p for p in (place.parent if replaced else place, *place.parents) if p.exists())
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ArcivaError(
+                f"cannot write {name} in {folder}: {error.strerror}; choose another folder or free its rights"
+            ) from error
 
 
 def thresholds(config: Config) -> dict[str, float]:
@@ -448,10 +516,32 @@ def seed_everything(seed: int) -> None:
     transformers.set_seed(seed)
 
 
+def take_place(staging: Path, final: Path) -> None:
+    """Give a finished folder its name; what had it before goes only then."""
+    previous = final.with_name(f".{final.name}.previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    if final.exists():
+        final.rename(previous)
+    staging.rename(final)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def check_replaceable(final: Path, made: str = "manifest.json") -> None:
+    """Refuse to replace a folder that is neither empty nor holds a file `made` (a pattern): it is no earlier run's."""
+    if final.exists() and not (final.is_dir() and (any(final.glob(made)) or not any(final.iterdir()))):
+        raise ArcivaError(
+            f"{final} is there and holds no {made}, expected a new folder or an earlier run's; name another"
+        )
+
+
 @contextlib.contextmanager
-def atomic_folder(final: Path) -> Iterator[Path]:
-    """Yield a temporary folder that takes the name `final` when the block ends without an error; else it is removed."""
-    final = Path(final)
+def atomic_folder(final: Path, made: str = "manifest.json") -> Iterator[Path]:
+    """Yield a temporary folder that takes the name `final` when the block ends without an error; else it is removed.
+
+    A folder of that name goes only where `check_replaceable` finds an earlier run's.
+    """
+    final = Path(final).absolute()
+    check_replaceable(final, made)
     staging = final.with_name(f".{final.name}.unfinished")
     try:
         shutil.rmtree(staging, ignore_errors=True)
@@ -462,12 +552,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         ) from error
     try:
         yield staging
-        previous = final.with_name(f".{final.name}.previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        if final.exists():
-            final.rename(previous)
-        staging.rename(final)
-        shutil.rmtree(previous, ignore_errors=True)
+        take_place(staging, final)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -552,12 +637,14 @@ def quieten_libraries() -> None:
 #     resume=RESUME,
 #     **SETTINGS,
 # )
+# check_writable(config)
 # check_acceptance(config)
 # seed_everything(config.seed)
 
 # %% tags=["active-ipynb"]
 # print(f"{'hardware':<12}{hardware.name}, {hardware.memory_gib:.0f} GiB")
 # print(f"{'format':<12}{str(hardware.dtype).removeprefix('torch.')}: {hardware.dtype_reason}")
+# print(f"{'attention':<12}{hardware.attention}: {hardware.attention_reason}")
 # print(f"{'base model':<12}{reason}")
 # print(f"{'packages':<12}{', '.join(f'{name} {version}' for name, version in package_versions().items())}")
 
@@ -605,6 +692,8 @@ class Row(BaseModel):
         spoken = [t for t in turns if t.role != "system"]
         if any(not t.content.strip() for t in turns):
             raise ValueError("a question or answer is empty; expected text")
+        if any("\ud800" <= character <= "\udfff" for t in turns for character in t.content):
+            raise ValueError("half of a character (a lone surrogate); expected valid Unicode")
         if [t.role for t in spoken] != ["user", "assistant"] * (len(spoken) // 2) or not spoken:
             raise ValueError("turns must alternate user, assistant and end with the assistant")
         if any(t.role == "system" for t in turns[1:]):
@@ -686,6 +775,8 @@ def fetch(source: str, folder: Path = Path("downloads")) -> Path:
     """A local path for a path or an http(s) URL; a download is kept in `folder`."""
     if not re.match(r"https?://", source):
         path = Path(source).expanduser()
+        if not path.is_file() and (REPOSITORY / path).is_file():  # the shipped corpus, from another working directory
+            path = REPOSITORY / path
         if not path.is_file():
             upload = (
                 "upload it with the file browser, or mount Drive and give its path"
@@ -703,7 +794,7 @@ def fetch(source: str, folder: Path = Path("downloads")) -> Path:
         try:
             with urllib.request.urlopen(source, timeout=30) as response:
                 write_atomic(target, response.read().decode("utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:  # an address can be wrong in all these ways
             raise ArcivaError(f"cannot download {source}: {error}; check the address or download it by hand") from error
     return target
 
@@ -719,6 +810,13 @@ def parse_line(line: str) -> Row:
             f"{'.'.join(map(str, e['loc'])) or 'row'}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()
         ]
         raise ValueError("; ".join(reasons)) from error
+
+
+def judges_the_model(row: Row) -> bool:
+    """Whether a row is a dashboard's label of a held-out answer or suite item: trained on, it could not judge a model any more."""
+    extra = row.model_extra or {}
+    labelled = extra.get("source") == "dashboard" or (row.id or "").startswith("generation/")
+    return labelled and (extra.get("split") != "train" or extra.get("suite") is not None)
 
 
 def load_examples(sources: str) -> tuple[list[Example], Counter]:
@@ -740,6 +838,12 @@ def load_examples(sources: str) -> tuple[list[Example], Counter]:
                 row = parse_line(line)
             except ValueError as error:
                 problems.append(f"{path.name}, line {number}: {error}")
+                continue
+            if judges_the_model(row):
+                problems.append(
+                    f"{path.name}, line {number}: labels a held-out answer or suite item, which must not be trained on; "
+                    "tools/labeling.py import keeps it elsewhere"
+                )
                 continue
             verdicts[row.verdict()] += 1
             if row.verdict() == "discarded":
@@ -1081,6 +1185,18 @@ def load_tokenizer(base_model: str, revision: str | None = None):
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return with_bos_in_template(tokenizer)
+
+
+def with_bos_in_template(tokenizer):
+    """The tokenizer with a template that renders the BOS which the tokenizer itself would add.
+
+    Servers render the saved template and add nothing: without this they would ask another way than was trained.
+    """
+    bos = tokenizer.bos_token
+    rendered = render(tokenizer, [{"role": "user", "content": "a"}], add_generation_prompt=True)
+    if bos and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] and not rendered.startswith(bos):
+        tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     return tokenizer
 
 
@@ -1150,7 +1266,7 @@ def naming_the_model(config: Config, hardware: Hardware) -> Iterator[None]:
     """Turns what transformers raises for a wrong name, a missing file or a full GPU into one sentence."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ArcivaError(
             f"cannot load {config.base_model!r}: expected a hub id that can be reached or a folder with config.json and safetensors; "
             f"check the name and the network ({str(error).splitlines()[0]})"
@@ -1164,7 +1280,12 @@ def naming_the_model(config: Config, hardware: Hardware) -> Iterator[None]:
 def model_shape(config: Config, hardware: Hardware):
     """The base model's configuration: its sizes, without its weights."""
     with naming_the_model(config, hardware):
-        return AutoConfig.from_pretrained(config.base_model, revision=config.revision)
+        shape = AutoConfig.from_pretrained(config.base_model, revision=config.revision)
+    if getattr(shape, "quantization_config", None):
+        raise ArcivaError(
+            f"{config.base_model} is quantised already, expected 16- or 32-bit weights to merge into; name the original"
+        )
+    return shape
 
 
 def load_base_model(config: Config, hardware: Hardware):
@@ -1260,46 +1381,78 @@ def add_adapter(model, config: Config) -> PeftModel:
 # %%
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How an optimiser step is cut into forward passes, and what that is estimated to need."""
+    """How an optimiser step is cut into forward passes, and what that is estimated to need.
+
+    Activations are what tensors hold at the peak of a step beyond weights, gradients and optimiser. A process takes more than the sum: its
+    libraries, the GPU's context, and what its allocator keeps in reserve.
+    """
 
     micro_batch_pairs: int
     gradient_checkpointing: bool
     weights_gib: float  # base weights, adapter, gradients and optimiser, as far as they are not loaded yet
-    activations_gib: float
+    activations_gib: float  # at the peak
     free_gib: float
+    host_gib: float = 0.0  # of the machine's memory while the base loads, 0 once it has
+    host_free_gib: float = 0.0
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"{self.micro_batch_pairs} pairs per forward pass, checkpointing {'on' if self.gradient_checkpointing else 'off'}: "
-            f"weights and optimiser {self.weights_gib:.2f} GiB + activations {self.activations_gib:.2f} GiB of {self.free_gib:.1f} GiB"
+            f"weights and optimiser {self.weights_gib:.2f} GiB + activations at their peak {self.activations_gib:.2f} GiB"
+            f" of {self.free_gib:.1f} GiB"
         )
+        if not self.host_gib:
+            return text
+        text += f"; loading takes up to {self.host_gib:.1f} GiB of {self.host_free_gib:.1f} GiB of the machine's memory"
+        enough = self.host_gib <= self.host_free_gib
+        return text if enough else f"{text}, which may not do: choose a machine with more, or set USE_DEBUG_MODEL"
+
+
+# %%
+def block_bytes(shape, config: Config, row: float, element: int, attention: str) -> float:
+    """Bytes per token that autograd saves in one Llama block, in rows of `row` tokens.
+
+    Attention's operands, the MLP's vectors, the adapters' inputs and inner vectors, and the residual stream, which both norms save in fp32
+    also where products are not. With dropout every adapter has an input of its own, and a byte of mask for each element of it.
+    """
+    hidden, inner, heads = shape.hidden_size, shape.intermediate_size, shape.num_attention_heads
+    # Eager attention, and the fused kernel under a mask, repeat keys and values for every head.
+    kept = 1 if attention in ("eager", "sdpa") else (getattr(shape, "num_key_value_heads", None) or heads) / heads
+    operands = 2 * hidden * (1 + kept)  # query and output, key and value
+    inputs = (6 * hidden + inner) * (element + 1) if config.dropout else (2 * hidden + inner) * element
+    mask = {"eager": heads * row * (4 if element == 4 else 4 + element), "sdpa": element * row}.get(attention, 0)
+    return element * (operands + 3 * inner + 7 * config.rank) + inputs + mask + 4 * 2 * hidden
 
 
 def activation_bytes(
     shape,
+    config: Config,
     tokens: float,
     supervised: float,
-    element: int,
     *,
-    rank: int,
-    row_tokens: int,
+    element: int,
     checkpointing: bool,
     attention: str = "sdpa",
 ) -> float:
-    """Bytes that a packed LoRA step over `tokens` keeps for its backward pass, logits of `supervised` positions included.
+    """Bytes that a packed LoRA step over `tokens` holds at its peak beyond weights, gradients and optimiser.
 
-    Counted from what autograd saves in a Llama block: attention's operands, two norms with their outputs, the MLP's four vectors, the
-    seven adapters' inner ones and a row of the mask. The residual stream, which the norms save, is fp32 also where products are
-    not. Eager attention keeps its weights, in fp32 and as they are used. Checkpointing keeps the residual stream and one block.
+    All blocks' saved tensors, or with checkpointing the residual stream before each; on top of them the larger of two peaks that come
+    one after the other: the logits of `supervised` positions (their logarithms and two gradients in fp32), and one block at
+    work on its gradients, which checkpointing has computed again, with its largest matrix out of 4 bits.
     """
-    hidden, inner, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
-    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
-    operands = 2 * hidden * (1 + heads / shape.num_attention_heads)  # query and output, key and value
-    block = element * (operands + 2 * hidden + 4 * inner + 7 * rank + row_tokens) + 4 * 2 * hidden
-    if attention == "eager":
-        block += shape.num_attention_heads * row_tokens * (4 if element == 4 else 4 + element)
-    blocks = layers * 4 * hidden + block if checkpointing else layers * block
-    return tokens * blocks + supervised * shape.vocab_size * (element + 4 + 4)
+    hidden, inner, heads = shape.hidden_size, shape.intermediate_size, shape.num_attention_heads
+    row = tokens / max(1, round(tokens / config.row_tokens))  # as `pack_rows` cuts them
+    block = block_bytes(shape, config, row, element, attention)
+    work = 2 * inner * element
+    if attention == "eager":  # by the time attention works on its weights' gradients, the MLP's vectors are gone
+        work = max(work, heads * row * (8 if element == 4 else 8 - element) - 4 * inner * element)
+    if checkpointing:
+        kept, work = 4 * hidden * (shape.num_hidden_layers + 1), block - 4 * hidden + work
+    else:
+        kept = block * shape.num_hidden_layers
+    # For all blocks once: the mask, sine and cosine.
+    kept += row * {"eager": 4, "sdpa": 1}.get(attention, 0) + 8 * hidden / heads
+    return tokens * kept + max(supervised * shape.vocab_size * 3 * 4, tokens * work + hidden * inner * element)
 
 
 # %%
@@ -1338,20 +1491,12 @@ def plan_memory(
     share = config.pairs_per_step // process_rank()[1]
     divisors = [n for n in range(share, 0, -1) if share % n == 0]
     wanted = [config.micro_batch_pairs] if config.micro_batch_pairs else divisors
-    plans = []
+    plans, shaped = [], replace(config, row_tokens=max(config.row_tokens, round(pair_tokens)))
     for checkpointing in (False, True):
         for pairs in wanted:
             tokens = pairs * pair_tokens
-            need = activation_bytes(
-                shape,
-                tokens,
-                tokens * answer_share,
-                element,
-                rank=config.rank,
-                row_tokens=config.row_tokens,
-                checkpointing=checkpointing,
-                attention=attention,
-            )
+            settings = {"element": element, "checkpointing": checkpointing, "attention": attention}
+            need = activation_bytes(shape, shaped, tokens, tokens * answer_share, **settings)
             plans.append(MemoryPlan(pairs, checkpointing, weights_gib, need / 2**30, free_gib))
     fitting = [p for p in plans if p.activations_gib * 2**30 <= budget]
     enough = min(4, wanted[0])  # below that, recomputing activations costs less than dequantising for so few tokens
@@ -1380,7 +1525,7 @@ def plan_for(shape, encoded: Sequence[Encoded], config: Config, hardware: Hardwa
         raise ArcivaError(f"every training row exceeds {config.max_length} tokens; raise max_length")
     base, training = weight_bytes(shape, hardware, config.rank)
     tokens = sum(len(item.input_ids) for item in encoded)
-    return plan_memory(
+    plan = plan_memory(
         shape,
         config,
         ((0 if loaded else base) + training) / 2**30,
@@ -1390,6 +1535,21 @@ def plan_for(shape, encoded: Sequence[Encoded], config: Config, hardware: Hardwa
         element=hardware.dtype.itemsize,
         attention=hardware.attention,
     )
+    if loaded:
+        return plan
+    host = replace(hardware, device="cpu")
+    return replace(plan, host_gib=host_gib(shape, hardware), host_free_gib=free_memory_gib(host))
+
+
+def host_gib(shape, hardware: Hardware) -> float:
+    """GiB of the machine's memory that loading the base takes at most: a shard of its 16-bit weights, and on a CPU the 4-bit ones.
+
+    Weights come shard by shard and go to the GPU one by one. Published checkpoints have shards of at most 5 GB, a small one is one shard.
+    """
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
+    resident = weight_bytes(shape, hardware, rank=0)[0] if hardware.device == "cpu" else 0
+    return (min(2 * weights, 5e9) + resident) / 2**30
 
 
 # %%
@@ -1526,6 +1686,20 @@ def answer_loss(model, batch: dict[str, torch.Tensor], supervised: int | torch.T
     return F.cross_entropy(logits.float(), targets, reduction="sum") / supervised
 
 
+def until_it_fits(attempt: Callable[[int], object], size: int, what: str):
+    """`attempt(size)`; each time the GPU runs out of memory again with half the size, and a line that says so."""
+    while True:
+        try:
+            return attempt(size)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        # Outside the except block, whose traceback would keep the failed attempt's tensors alive.
+        size //= 2
+        release_memory()
+        print(f"out of memory: going on with {size} {what} at a time")
+
+
 @torch.no_grad()
 def score_losses(
     model, encoded: Sequence[Encoded], hardware: Hardware, *, row_tokens: int, pad_id: int, batch_tokens: int = 4096
@@ -1533,18 +1707,47 @@ def score_losses(
     """(n, 2): summed negative log-likelihood in nats and number of supervised tokens of each pair, in the given order."""
     was_training = model.training
     model.eval()
-    result, order = np.zeros((len(encoded), 2)), sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids))
-    for chunk in chunk_by_tokens(order, [len(e.input_ids) for e in encoded], batch_tokens):
-        batch = collate_packed([encoded[i] for i in chunk], row_tokens, pad_id)
-        batch = {name: tensor.to(hardware.device) for name, tensor in batch.items()}
-        with evaluation_precision(model, hardware):
-            logits, targets, keep = supervised_logits(model, batch)
-        losses = F.cross_entropy(logits.float(), targets, reduction="none").double().cpu().numpy()
-        owners = np.array(chunk)[batch["segments"][keep].cpu().numpy()]
-        np.add.at(result, (owners, 0), losses)
-        np.add.at(result, (owners, 1), 1)
-    model.train(was_training)
-    return result
+    lengths = [len(item.input_ids) for item in encoded]
+    order = sorted(range(len(encoded)), key=lambda i: lengths[i])
+
+    def attempt(limit: int) -> np.ndarray:
+        result = np.zeros((len(encoded), 2))
+        for chunk in chunk_by_tokens(order, lengths, limit):
+            batch = collate_packed([encoded[i] for i in chunk], row_tokens, pad_id)
+            batch = {name: tensor.to(hardware.device) for name, tensor in batch.items()}
+            with evaluation_precision(model, hardware):
+                logits, targets, keep = supervised_logits(model, batch)
+            losses = F.cross_entropy(logits.float(), targets, reduction="none").double().cpu().numpy()
+            owners = np.array(chunk)[batch["segments"][keep].cpu().numpy()]
+            np.add.at(result, (owners, 0), losses)
+            np.add.at(result, (owners, 1), 1)
+        return result
+
+    try:
+        return until_it_fits(attempt, batch_tokens, "tokens")
+    finally:
+        model.train(was_training)
+
+
+def check_packing(model, encoded: Sequence[Encoded], hardware: Hardware, pad_id: int) -> None:
+    """Refuse a base model that lets packed neighbours see each other: two pairs in one row must lose what each loses alone.
+
+    An architecture that ignores position ids would train on, contaminated, without a word. Rounding alone stays far below 2 %.
+    """
+    pairs = sorted(encoded, key=lambda item: len(item.input_ids))[:2]
+    alone, packed = (
+        score_losses(model, pairs, hardware, row_tokens=tokens, pad_id=pad_id, batch_tokens=1 << 30)[:, 0]
+        for tokens in (1, 1 << 30)
+    )
+    if not np.isfinite(alone).all():
+        raise ArcivaError(
+            f"the base model's loss is {alone} in {hardware.dtype}: its activations overflow; name another base model"
+        )
+    if not np.allclose(packed, alone, rtol=0.02):
+        raise ArcivaError(
+            f"{model.config.model_type} does not keep packed pairs apart (losses {packed.round(2)} packed, {alone.round(2)} alone); "
+            "expected a Llama, Mistral or Qwen2 architecture"
+        )
 
 
 def chunk_by_tokens(order: Sequence[int], lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
@@ -1560,9 +1763,14 @@ def chunk_by_tokens(order: Sequence[int], lengths: Sequence[int], limit: int) ->
         yield chunk
 
 
+def mean_loss(losses: np.ndarray) -> float:
+    """Token-weighted mean: (n, 2) of nats and tokens → nats per token."""
+    return float(losses[:, 0].sum() / losses[:, 1].sum())
+
+
 def perplexity(losses: np.ndarray) -> float:
-    """exp of the token-weighted mean loss: (n, 2) of nats and tokens → [1, inf)."""
-    return math.exp(losses[:, 0].sum() / losses[:, 1].sum())
+    """exp of the token-weighted mean loss: (n, 2) of nats and tokens → [1, e^700]; NaN stays NaN."""
+    return math.exp(min(mean_loss(losses), 700.0))
 
 
 # %% [markdown]
@@ -1597,7 +1805,7 @@ class AnswerTrainer(Trainer):
         metrics = {}
         for novelty, encoded in self.held_out.items():
             losses = score_losses(self.model, encoded, self.hardware, row_tokens=self.row_tokens, pad_id=self.pad_id)
-            metrics[f"{metric_key_prefix}_{novelty}"] = math.log(perplexity(losses))
+            metrics[f"{metric_key_prefix}_{novelty}"] = mean_loss(losses)
         halves = [metrics.get(f"{metric_key_prefix}_{name}") for name in ("rephrased", "unseen")]
         metrics[f"{metric_key_prefix}_loss"] = next(loss for loss in halves if loss is not None)
         self.log(metrics)
@@ -1620,27 +1828,50 @@ class AnswerTrainer(Trainer):
 
     def _load_best_model(self):
         best = Path(self.state.best_model_checkpoint)
-        if not best.exists() and not self.args.should_save:
-            return  # another machine keeps the checkpoints, and its first process goes on alone
         if not (best / COMPLETE).exists():
+            if not self.args.should_save:
+                return  # another machine keeps the checkpoints, and its first process goes on alone
             raise ArcivaError(
                 f"the best checkpoint {best} is gone, expected it until training ends; train again with resume=never"
             )
         super()._load_best_model()
 
 
+# %%
 def step_number(checkpoint: Path | None) -> int:
     """Optimiser step of a `checkpoint-<step>` folder, 0 for none."""
     return int(checkpoint.name.split("-")[1]) if checkpoint else 0
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The latest checkpoint that was written to its end; incomplete ones are named and passed over."""
-    for checkpoint in sorted(Path(folder).glob("checkpoint-*"), key=step_number, reverse=True):
-        if (checkpoint / COMPLETE).exists():
-            return checkpoint
-        print(f"{checkpoint} is incomplete, a save was cut short there; an earlier one is used")
-    return None
+    """The latest checkpoint that was written to its end, on every process's machine; others are named and passed over."""
+    checkpoints = {step_number(path): path for path in Path(folder).glob("checkpoint-*")}
+    mine = common = {step for step, path in checkpoints.items() if (path / COMPLETE).exists()}
+    if torch.distributed.is_initialized():  # machines may have been cut off at different steps
+        everyone = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, mine)
+        common = set.intersection(*everyone)
+    newest = max(common, default=0)
+    for step in sorted(step for step in checkpoints if step > newest and process_rank()[0] == 0):
+        reason = "is not on every machine" if step in mine else "is incomplete, a save was cut short there"
+        print(f"{checkpoints[step]} {reason}; an earlier one is used")
+    return checkpoints.get(newest)
+
+
+def name_other_runs(folder: Path) -> None:
+    """Say that checkpoints of other runs are left alone: a run that starts anew in silence costs hours."""
+    others = sorted({path.parents[1].name for path in folder.parent.glob(f"*/checkpoint-*/{COMPLETE}")} - {folder.name})
+    if others and process_rank()[0] == 0:
+        print(
+            f"training starts anew: the checkpoints in {folder.parent} ({', '.join(others)}) belong to other settings, data or versions"
+        )
+
+
+def make_writable(folder: Path) -> None:
+    """Refuse a folder that checkpoints cannot be written to, which the first save would find out."""
+    probe = folder / f".probe-{process_rank()[0]}"
+    write_atomic(probe, "")
+    probe.unlink()
 
 
 # %% [markdown]
@@ -1708,7 +1939,7 @@ class StopOnSignal(TrainerCallback):
     """Turns SIGTERM into a checkpoint and an early end at the next optimiser step."""
 
     def __init__(self):
-        self.received, self.previous = False, None
+        self.received, self.stopped, self.previous = False, False, None
 
     def __enter__(self) -> "StopOnSignal":
         if threading.current_thread() is threading.main_thread():  # Python delivers signals there alone
@@ -1722,13 +1953,18 @@ class StopOnSignal(TrainerCallback):
     def receive(self, *_) -> None:
         self.received = True
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if torch.distributed.is_initialized():  # the signal reaches each process at a step of its own; all stop at one
-            anyone = torch.tensor(self.received, dtype=torch.int32, device=args.device)
+    def agreed(self, device: torch.device) -> bool:
+        """Whether the signal has reached any process: it reaches each at a step of its own, and all stop at one."""
+        stop = self.received  # only `receive` writes it: a signal during the collective counts at the next step
+        if torch.distributed.is_initialized():
+            anyone = torch.tensor(stop, dtype=torch.int32, device=device)
             torch.distributed.all_reduce(anyone, torch.distributed.ReduceOp.MAX)
-            self.received = bool(anyone)
-        if self.received:
-            control.should_save = control.should_training_stop = True
+            stop = bool(anyone)
+        return stop
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.agreed(args.device):
+            self.stopped = control.should_save = control.should_training_stop = True
 
 
 # %%
@@ -1761,7 +1997,8 @@ def base_fingerprint(base_model: str) -> str | None:
 def run_fingerprint(config: Config, encoded: Sequence[Encoded]) -> str:
     """Names a training run by what determines its weights: data, settings and package versions."""
     irrelevant = set(
-        "report_to resume max_new_tokens generation_batch max_eval_rows merge_base log_every data compare_to".split()
+        "report_to resume max_new_tokens generation_batch max_eval_rows merge_base log_every data"
+        " compare_to not_worse_than_base".split()
     )
     settings = {
         k: v
@@ -1856,7 +2093,10 @@ def train_until_it_fits(
     Each time memory runs out, the next smaller plan goes on from the newest checkpoint, or from the untrained adapter.
     """
     untrained = {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+    make_writable(folder)
     checkpoint = newest_checkpoint(folder) if config.resume == "auto" else None
+    if checkpoint is None:
+        name_other_runs(folder)
     resumed_from = step_number(checkpoint)
     if checkpoint:
         plan = plan_of_checkpoint(checkpoint, plan, config.pairs_per_step // process_rank()[1])
@@ -1866,7 +2106,8 @@ def train_until_it_fits(
             print(f"going on from step {step_number(checkpoint):,} of an interrupted run ({checkpoint})")
             if state := ended(checkpoint, config.patience):
                 trainer.state = state
-                trainer._load_best_model()
+                if state.best_model_checkpoint:  # none where training diverged
+                    trainer._load_best_model()
                 return trainer, plan, resumed_from
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -1904,6 +2145,9 @@ def train_adapter(
     if config.resume == "never" and process_rank()[0] == 0:
         shutil.rmtree(folder, ignore_errors=True)
     plan = agreed_plan(plan_for(unwrap(model).config, train_encoded, config, hardware, loaded=True), hardware)
+    check_packing(unwrap(model), train_encoded, hardware, tokenizer.pad_token_id)
+    # The Trainer's own place for it is among the checkpoints, which go when the adapter is saved.
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(config.reports_dir).absolute() / "tensorboard"))
     held_out = encode_held_out(tokenizer, splits["validation"], config.max_length)
     live, stop = LossHistory(live=running_in_notebook()), StopOnSignal()
 
@@ -1927,8 +2171,9 @@ def train_adapter(
     started = time.perf_counter()
     with stop:
         trainer, plan, resumed_from = train_until_it_fits(make_trainer, model, plan, folder, config)
+        interrupted = stop.stopped or stop.agreed(trainer.args.device)  # or in the last step's evaluation and save
     state = trainer.state
-    if stop.received and state.global_step < state.max_steps:
+    if interrupted:
         raise Interrupted(
             f"stopped by SIGTERM at step {state.global_step:,} of {state.max_steps:,}; the same command goes on from there"
         )
@@ -2041,6 +2286,11 @@ def read_manifest(folder: str) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def record_in_manifest(folder: str, **facts) -> None:
+    """Add to the manifest of an adapter or merged folder."""
+    write_atomic(Path(folder) / "manifest.json", json.dumps(read_manifest(folder) | facts, indent=2))
+
+
 # %%
 def load_tuned_model(config: Config, hardware: Hardware) -> tuple[PeftModel, object]:
     """(model, tokenizer) from a finished run's adapter folder; the base must be the one it was trained on."""
@@ -2051,7 +2301,12 @@ def load_tuned_model(config: Config, hardware: Hardware) -> tuple[PeftModel, obj
         raise ArcivaError(
             f"the adapter in {config.output_dir} was trained on {trained_on}, not on {given}; name that base model or train again"
         )
-    model = PeftModel.from_pretrained(load_base_model(config, hardware), config.output_dir)
+    trained = manifest.get("base_revision")
+    if trained and config.revision and not trained.startswith(config.revision):
+        print(f"the adapter was trained on revision {trained}, which is loaded in place of {config.revision}")
+    base = load_base_model(replace(config, revision=trained or config.revision), hardware)
+    with naming_the_model(replace(config, base_model=config.output_dir), hardware):
+        model = PeftModel.from_pretrained(base, config.output_dir)
     for module in model.modules():
         module.requires_grad_(False)
     silent = [name for name, p in model.named_parameters() if "lora_B" in name and not p.any()]
@@ -2207,19 +2462,30 @@ def generate_answers(
     model.eval()
     stop, pad_id = stop_token_ids(tokenizer), tokenizer.pad_token_id
     encoded = [encode_prompt(tokenizer, p) for p in prompts]
-    order, answers = sorted(range(len(encoded)), key=lambda i: len(encoded[i])), [None] * len(encoded)
-    with evaluation_precision(model, hardware), unpacked_weights(model, hardware):
-        for at in range(0, len(order), batch_size):
-            chunk = order[at : at + batch_size]
-            written = generate_batch(
-                model, [encoded[i] for i in chunk], hardware, max_new_tokens=max_new_tokens, stop=stop, pad_id=pad_id
-            )
-            for i, ids in zip(chunk, written, strict=True):
-                ended = bool(ids) and ids[-1] in stop
-                text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True).strip()
-                answers[i] = Answer(text, cut=not ended, tokens=len(ids))
-    model.train(was_training)
-    return answers
+    order, written = sorted(range(len(encoded)), key=lambda i: len(encoded[i])), {}
+
+    def attempt(size: int) -> None:
+        quiet = running_in_notebook() or len(order) <= size
+        for at in tqdm(range(0, len(order), size), desc="answers", unit="batch", leave=False, disable=quiet):
+            chunk = [i for i in order[at : at + size] if i not in written]
+            if chunk:
+                ids = [encoded[i] for i in chunk]
+                found = generate_batch(model, ids, hardware, max_new_tokens=max_new_tokens, stop=stop, pad_id=pad_id)
+                written.update(zip(chunk, found, strict=True))
+
+    try:
+        with evaluation_precision(model, hardware), unpacked_weights(model, hardware):
+            until_it_fits(attempt, batch_size, "answers")
+    finally:
+        model.train(was_training)
+    return [read_answer(tokenizer, written[i], stop) for i in range(len(encoded))]
+
+
+def read_answer(tokenizer, ids: Sequence[int], stop: Sequence[int]) -> Answer:
+    """The text of generated ids."""
+    ended = bool(ids) and ids[-1] in stop
+    text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True).strip()
+    return Answer(text, cut=not ended, tokens=len(ids))
 
 
 @contextlib.contextmanager
@@ -2246,7 +2512,10 @@ def predict_split(model, tokenizer, dataset: datasets.Dataset, config: Config, h
     encoded, indices, too_long = encode_split(tokenizer, dataset, config.max_length)
     name_too_long(too_long, "held-out or sampled", config.max_length)
     rows = [dataset[i] for i in indices]
-    frame = pd.DataFrame([{k: r[k] for k in ("id", "novelty", "language", "topic", "kind", "style")} for r in rows])
+    copied = ("id", "novelty", "language", "topic", "kind", "style", "fact_ids")
+    frame = pd.DataFrame([{k: r[k] for k in copied} for r in rows])
+    families = fact_families([Example(**{f.name: r[f.name] for f in fields(Example)}) for r in rows])
+    frame["family"] = [families[r["fact_ids"][0]] for r in rows]
     conversations = [r["messages"][:-1] for r in rows]
     frame["question"] = [c[-1]["content"] for c in conversations]
     frame["reference"] = [r["messages"][-1]["content"] for r in rows]
@@ -2292,7 +2561,8 @@ def predict(model, tokenizer, splits: datasets.DatasetDict, config: Config, hard
 # BLEU and chrF come from sacrebleu, with its signature in the report. ROUGE-L comes from rouge-score, but not with its default tokenizer, which
 # deletes every letter beyond a–z: *Größe* would become *gr e*. Three of them are also `evaluate.Metric`s, which drop into any
 # script of the field; nothing is fetched from the hub. Beneath them lie sums per question ("statistics") that add up to the corpus
-# figure; resampling the questions and adding again is the bootstrap.
+# figure; drawing questions again and adding their sums is the bootstrap. sacrebleu counts; the step from its counts to a figure is
+# written out here for whole arrays, because a thousand samples of each group would take sacrebleu minutes.
 
 
 # %%
@@ -2324,9 +2594,25 @@ def corpus_statistics(metric, predictions: Sequence[str], references: Sequence[s
     return np.array(metric._extract_corpus_statistics(list(predictions), [list(references)]), dtype=float)
 
 
-def corpus_score(metric, summed: np.ndarray) -> float:
-    """Corpus score in [0, 100] from summed statistics."""
-    return metric._compute_score_from_stats([round(x) for x in summed]).score
+def bleu_figure(summed: np.ndarray, *, effective_order: bool = False) -> np.ndarray:
+    """(…) BLEU in [0, 100] from (…, 10) sums, as sacrebleu's `compute_bleu` with its exponential smoothing."""
+    length, reference, right, total = summed[..., 0], summed[..., 1], summed[..., 2:6], summed[..., 6:10]
+    misses = np.cumsum((right == 0) & (total > 0), axis=-1)
+    precision = np.where(right > 0, right, 0.5**misses) / np.maximum(total, 1)
+    logs = np.where(total > 0, np.log(precision), 0 if effective_order else -1e10)
+    orders = np.maximum(1, (total > 0).sum(-1)) if effective_order else right.shape[-1]
+    brevity = np.minimum(0, 1 - reference / np.maximum(length, 1e-9))
+    return np.where(right.any(-1), 100 * np.exp(brevity + logs.sum(-1) / orders), 0.0)
+
+
+def chrf_figure(summed: np.ndarray) -> np.ndarray:
+    """(…) chrF2 in [0, 100] from (…, 18) sums, as sacrebleu's `CHRF`: mean precision and recall over the orders that occur."""
+    found, wanted, right = summed[..., 0::3], summed[..., 1::3], summed[..., 2::3]
+    counted = (found > 0) & (wanted > 0)
+    orders = np.maximum(1, counted.sum(-1))
+    precision = np.where(counted, right / np.maximum(found, 1), 0).sum(-1) / orders
+    recall = np.where(counted, right / np.maximum(wanted, 1), 0).sum(-1) / orders
+    return 100 * 5 * precision * recall / np.maximum(4 * precision + recall, 1e-16)
 
 
 # %%
@@ -2366,8 +2652,15 @@ class NormalisedExactMatch(AnswerMetric):
 
 # %% [markdown]
 # A figure without its uncertainty invites wrong decisions at a hundred questions a group. Every metric below comes with a 95 %
-# bootstrap interval over questions, and base and tuned are compared **paired**, on the same resampled questions: the share of
-# questions won, tied and lost, and the p-value of the paired bootstrap test (Koehn 2004).
+# bootstrap interval. What is drawn is not single questions but whole families of facts: five wordings of one fact succeed and fail
+# together, and held-out *unseen* rows come in whole families, so that drawing rows would promise far more than a few dozen families
+# can tell (the cluster bootstrap, Field and Welsh 2007; for language models Miller 2024, "Adding Error Bars to Evals").
+#
+# Base and tuned are compared **paired**, on the same questions: the share won, tied and lost, the bootstrap interval of their difference
+# (Koehn 2004), and a two-sided p-value. That comes from approximate randomisation, sacrebleu's `--paired-ar`: base and tuned change
+# places in a random half of the families, as they could if it made no difference which is which. The p-value of the paired bootstrap is
+# too small where there are few families; this one cannot fall below 2^(1−n) with n of them, so that one family proves nothing and six are
+# the fewest that can reach 0.05.
 
 
 # %%
@@ -2378,7 +2671,8 @@ class MetricSpec:
     name: str
     better: Literal["higher", "lower", "neither"]
     statistics: Callable[[pd.DataFrame, str], np.ndarray]  # (frame, "base" | "tuned") → (n, k)
-    figure: Callable[[np.ndarray], float]  # (k,) summed → figure
+    figure: Callable[[np.ndarray], np.ndarray]  # (…, k) summed → (…) figures
+    single: Callable[[np.ndarray], np.ndarray] | None = None  # the figure of one question alone, where that differs
 
 
 def mean_of(column: Callable[[pd.DataFrame, str], Sequence[float]]) -> Callable[[pd.DataFrame, str], np.ndarray]:
@@ -2386,21 +2680,16 @@ def mean_of(column: Callable[[pd.DataFrame, str], Sequence[float]]) -> Callable[
     return lambda frame, who: np.stack([np.asarray(column(frame, who), dtype=float), np.ones(len(frame))], axis=1)
 
 
-def ratio(summed: np.ndarray) -> float:
-    return float(summed[0] / summed[1])
+def ratio(summed: np.ndarray) -> np.ndarray:
+    return summed[..., 0] / summed[..., 1]
 
 
 def pairwise(metric: Callable[[str, str], float]) -> Callable[[pd.DataFrame, str], list[float]]:
     return lambda frame, who: [metric(p, r) for p, r in zip(frame[f"{who}_answer"], frame["reference"], strict=True)]
 
 
-def sacrebleu_spec(name: str, metric) -> MetricSpec:
-    return MetricSpec(
-        name,
-        "higher",
-        lambda f, who: corpus_statistics(metric, f[f"{who}_answer"], f["reference"]),
-        lambda s: corpus_score(metric, s),
-    )
+def counted_by(metric) -> Callable[[pd.DataFrame, str], np.ndarray]:
+    return lambda frame, who: corpus_statistics(metric, frame[f"{who}_answer"], frame["reference"])
 
 
 METRICS = (
@@ -2408,7 +2697,7 @@ METRICS = (
         "perplexity",
         "lower",
         lambda f, who: f[[f"{who}_nll", "answer_tokens"]].to_numpy(float),
-        lambda s: math.exp(min(700.0, ratio(s))),
+        lambda s: np.exp(np.minimum(700.0, ratio(s))),
     ),
     MetricSpec(
         "bits_per_byte",
@@ -2416,8 +2705,9 @@ METRICS = (
         lambda f, who: np.stack([f[f"{who}_nll"] / math.log(2), f["reference"].str.encode("utf-8").str.len()], axis=1),
         ratio,
     ),
-    sacrebleu_spec("bleu", BLEU),
-    sacrebleu_spec("chrf", CHRF),
+    # One short answer has no 4-grams; as in sacrebleu's sentence BLEU, only the orders that it has count there.
+    MetricSpec("bleu", "higher", counted_by(BLEU), bleu_figure, functools.partial(bleu_figure, effective_order=True)),
+    MetricSpec("chrf", "higher", counted_by(CHRF), chrf_figure),
     MetricSpec("rouge_l", "higher", mean_of(pairwise(rouge_l)), ratio),
     MetricSpec("exact_match", "higher", mean_of(pairwise(exact_match)), ratio),
     MetricSpec("cut_off", "lower", mean_of(lambda f, who: f[f"{who}_cut"]), ratio),
@@ -2426,38 +2716,81 @@ METRICS = (
 
 
 # %%
-def resampling_weights(questions: int, resamples: int, seed: int) -> np.ndarray:
-    """(resamples, questions): how often each question is drawn in each bootstrap sample."""
-    return np.random.default_rng(seed).multinomial(questions, np.full(questions, 1 / questions), size=resamples)
+RESAMPLES = 1000
 
 
-def compare(frame: pd.DataFrame, spec: MetricSpec, weights: np.ndarray) -> dict:
-    """Base and tuned figures with 95 % intervals, questions won, tied and lost, and the paired p-value."""
-    result, samples, single = {}, {}, {}
+@dataclass(frozen=True)
+class Resamples:
+    """Draws that every metric of a group shares, so that all are judged on the same ones."""
+
+    weights: np.ndarray  # (resamples, clusters): how often each cluster is drawn
+    swaps: np.ndarray  # (resamples, clusters): 1 where base and tuned change places
+
+
+def resample(clusters: int, seed: int, resamples: int = RESAMPLES) -> Resamples:
+    """Draws over so many clusters, the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples)
+    return Resamples(weights, rng.integers(0, 2, size=weights.shape))
+
+
+def clusters_of(frame: pd.DataFrame) -> np.ndarray:
+    """Number of each question's cluster, from 0: its family of facts, or itself in reports from before there were families."""
+    return pd.factorize(frame["family"] if "family" in frame else frame["id"])[0]
+
+
+def sum_by_cluster(clusters: np.ndarray, statistics: np.ndarray) -> np.ndarray:
+    """(clusters, k) sums of (n, k) statistics."""
+    summed = np.zeros((clusters.max() + 1, statistics.shape[1]))
+    np.add.at(summed, clusters, statistics)
+    return summed
+
+
+def with_interval(value, samples: np.ndarray) -> dict[str, float]:
+    """A figure with the middle 95 % of its bootstrap samples, those left out in which it is not defined."""
+    samples = samples[np.isfinite(samples)]
+    low, high = np.percentile(samples, [2.5, 97.5]) if len(samples) else (math.nan, math.nan)
+    return {"value": float(value), "low": float(low), "high": float(high)}
+
+
+# %%
+def randomisation_p(figure: Callable, base: np.ndarray, tuned: np.ndarray, swaps: np.ndarray) -> float:
+    """Two-sided p-value in (0, 1] of approximate randomisation (Riezler and Maxwell 2005) over (clusters, k) sums."""
+    observed = abs(figure(tuned.sum(0)) - figure(base.sum(0)))
+    moved = swaps @ (tuned - base)
+    chance = np.abs(figure(tuned.sum(0) - moved) - figure(base.sum(0) + moved))
+    smaller = np.sum(chance < observed * (1 - 1e-9))  # a figure that is not defined proves nothing
+    return float((len(swaps) - smaller + 1) / (len(swaps) + 1))
+
+
+def compare(frame: pd.DataFrame, spec: MetricSpec, draws: Resamples) -> dict:
+    """Base and tuned figures with 95 % intervals; with a direction also questions won, tied and lost, difference and p-value."""
+    clusters, result, sums, samples, single = clusters_of(frame), {}, {}, {}, {}
     for who in ("base", "tuned"):
         statistics = spec.statistics(frame, who)
-        samples[who] = np.array([spec.figure(s) for s in weights @ statistics])
-        single[who] = np.array([spec.figure(s) for s in statistics])
-        low, high = np.percentile(samples[who], [2.5, 97.5])
-        result[who] = {"value": spec.figure(statistics.sum(0)), "low": float(low), "high": float(high)}
+        sums[who] = sum_by_cluster(clusters, statistics)
+        samples[who] = spec.figure(draws.weights @ sums[who])
+        single[who] = (spec.single or spec.figure)(statistics)
+        result[who] = with_interval(spec.figure(statistics.sum(0)), samples[who])
     if spec.better != "neither":
         gain = (single["tuned"] - single["base"]) * (1 if spec.better == "higher" else -1)
-        delta = samples["tuned"] - samples["base"]
-        observed = result["tuned"]["value"] - result["base"]["value"]
-        extreme = np.abs(delta - delta.mean()) >= abs(observed)
+        difference = result["tuned"]["value"] - result["base"]["value"]
         result["paired"] = {
             "won": float((gain > 1e-9).mean()),
             "tied": float((np.abs(gain) <= 1e-9).mean()),
             "lost": float((gain < -1e-9).mean()),
-            "p_value": float((extreme.sum() + 1) / (len(delta) + 1)),
+            "difference": with_interval(difference, samples["tuned"] - samples["base"]),
+            "p_value": randomisation_p(spec.figure, sums["base"], sums["tuned"], draws.swaps),
         }
     return result
 
 
-def score_group(frame: pd.DataFrame, seed: int, resamples: int) -> dict:
+def score_group(frame: pd.DataFrame, seed: int, resamples: int = RESAMPLES) -> dict:
     """All metrics of one group of questions."""
-    weights = resampling_weights(len(frame), resamples, seed)
-    return {"questions": len(frame), **{spec.name: compare(frame, spec, weights) for spec in METRICS}}
+    clusters = int(clusters_of(frame).max()) + 1
+    draws = resample(clusters, seed, resamples)
+    figures = {spec.name: compare(frame, spec, draws) for spec in METRICS}
+    return {"questions": len(frame), "clusters": clusters, **figures}
 
 
 # %%
@@ -2465,24 +2798,25 @@ def score_predictions(predictions: pd.DataFrame, seed: int) -> dict:
     """The report's figures: per held-out split and novelty, and over both held-out sides by language, topic, kind and style."""
     held_out = predictions[predictions["split"] != "train"]
     groups = {
-        f"{split}/{novelty}": score_group(g, seed, 1000)
-        for (split, novelty), g in held_out.groupby(["split", "novelty"])
+        f"{split}/{novelty}": score_group(g, seed) for (split, novelty), g in held_out.groupby(["split", "novelty"])
     }
     slices = {}
     for column in ("language", "topic", "kind", "style"):
         for (novelty, value), g in held_out.groupby(["novelty", column]):
-            slices.setdefault(column, {}).setdefault(value, {})[novelty] = score_group(g, seed, 100)
+            slices.setdefault(column, {}).setdefault(value, {})[novelty] = score_group(g, seed)
     return {"groups": groups, "by": slices}
 
 
 def build_report(predictions: pd.DataFrame, config: Config) -> dict:
-    """`reports/metrics.json`, schema version 1. `adapter` is the hash of the judged weights.
+    """`reports/metrics.json`, schema version 2. `adapter` is the hash of the judged weights.
 
-    `groups`: "split/novelty" → metric → {base, tuned: {value, low, high}, paired: {won, tied, lost, p_value}}; `by`: the same
-    for both held-out sides together, by language, topic, kind and style (intervals there from 100 resamples, else 1,000).
+    `groups`: "split/novelty" → questions, clusters (families of facts) and metric → {base, tuned: {value, low, high}, paired: {won,
+    tied, lost, difference: {value, low, high}, p_value}}, `paired` only where a direction is better; `by`: the same for both held-out
+    sides together, by language, topic, kind and style. Intervals are 95 %, from 1,000 resamples of clusters; p-values are two-sided.
+    Version 1 drew questions instead of clusters and had neither `clusters` nor `difference`.
     """
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "created": time.strftime("%Y-%m-%d %H:%M"),
         "config": asdict(config),
         "adapter": adapter_fingerprint(config.output_dir),
@@ -2497,28 +2831,32 @@ def build_report(predictions: pd.DataFrame, config: Config) -> dict:
     }
 
 
-def report_table(
-    report: dict, metrics: Sequence[str] = ("perplexity", "bleu", "chrf", "rouge_l", "exact_match", "cut_off")
-) -> pd.DataFrame:
+def report_line(group: str, scores: dict, metric: str) -> dict:
+    """One metric of one group as text; what has no direction was neither won nor lost."""
+    figure, paired = scores[metric], scores[metric].get("paired")
+    return {
+        "group": group,
+        "questions": scores["questions"],
+        "families": scores["clusters"],
+        "metric": metric,
+        **{who: "{value:.3g} [{low:.3g}, {high:.3g}]".format(**figure[who]) for who in ("base", "tuned")},
+        "won / tied / lost": "{won:.0%} / {tied:.0%} / {lost:.0%}".format(**paired) if paired else "",
+        "p": f"{paired['p_value']:.3f}" if paired else "",
+    }
+
+
+def report_table(report: dict, metrics: Sequence[str] = tuple(spec.name for spec in METRICS)) -> pd.DataFrame:
     """Base beside tuned with intervals, one line per held-out group and metric."""
-    lines = []
-    for group, scores in report["groups"].items():
-        for name in metrics:
-            base, tuned, paired = scores[name]["base"], scores[name]["tuned"], scores[name]["paired"]
-            lines.append(
-                {
-                    "group": group,
-                    "questions": scores["questions"],
-                    "metric": name,
-                    **{
-                        who: f"{x['value']:.3g} [{x['low']:.3g}, {x['high']:.3g}]"
-                        for who, x in (("base", base), ("tuned", tuned))
-                    },
-                    "won / tied / lost": f"{paired['won']:.0%} / {paired['tied']:.0%} / {paired['lost']:.0%}",
-                    "p": f"{paired['p_value']:.3f}",
-                }
-            )
-    return pd.DataFrame(lines).set_index(["group", "questions", "metric"])
+    lines = [report_line(group, scores, name) for group, scores in report["groups"].items() for name in metrics]
+    return pd.DataFrame(lines).set_index(["group", "questions", "families", "metric"])
+
+
+def slice_table(report: dict, column: str, metrics: Sequence[str] = ("rouge_l",)) -> pd.DataFrame:
+    """The same by language, topic, kind or style, both held-out sides together."""
+    groups = {
+        f"{value}/{novelty}": scores for value, both in report["by"][column].items() for novelty, scores in both.items()
+    }
+    return report_table({"groups": dict(sorted(groups.items()))}, metrics)
 
 
 # %% tags=["active-ipynb"]
@@ -2534,6 +2872,13 @@ def report_table(
 # CorpusBleu().compute(predictions=list(rephrased["tuned_answer"]), references=list(rephrased["reference"]))
 
 # %% [markdown]
+# Where the assistant is weak is a question of language, topic and kind. Slices are small: compare their intervals before their values,
+# and expect a p-value below 0.05 in one of twenty without any cause.
+
+# %% tags=["active-ipynb"]
+# pd.concat([slice_table(report, column) for column in ("language", "topic", "kind")], keys=["language", "topic", "kind"])
+
+# %% [markdown]
 # Read the rephrased rows first: that is the assistant doing its job. Tuned perplexity near 1 with a high ROUGE-L means it found the
 # fact behind a new wording; a low perplexity with a low ROUGE-L means fluent answers about the wrong fact. On the unseen rows a
 # model that knows what it does not know would refuse; a nano base cannot, and its figures there only show how much is
@@ -2547,7 +2892,7 @@ def save_predictions(predictions: pd.DataFrame, report: dict, reports_dir: str) 
     for name in ("suites.json", "suites_base.jsonl", "suites_tuned.jsonl", "dashboard.html", "dashboard.csv"):
         (folder / name).unlink(missing_ok=True)
     write_atomic(folder / "predictions.jsonl", predictions.to_json(orient="records", lines=True, force_ascii=False))
-    write_atomic(folder / "metrics.json", json.dumps(report, indent=1))
+    write_atomic(folder / "metrics.json", json.dumps(report, indent=1, allow_nan=False))
     write_atomic(folder / "metrics.csv", report_table(report).to_csv())
 
 
@@ -2565,17 +2910,21 @@ def load_predictions(reports_dir: str) -> pd.DataFrame:
 
 
 def load_report(reports_dir: str, *, missing_ok: bool = False) -> dict | None:
-    """`metrics.json` of an earlier evaluation."""
+    """`metrics.json` of an earlier evaluation, in the shape of today."""
     path = Path(reports_dir) / "metrics.json"
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"schema_version": None}
+    if report["schema_version"] == 2:
+        return report
     if missing_ok:
         return None
+    if path.is_file():
+        raise ArcivaError(f"{path} is of another version, expected schema version 2; run the evaluate stage again")
     raise ArcivaError(f"no {path}: expected the report of an evaluation; run the evaluate stage first")
 
 
 # %% tags=["active-ipynb"]
 # save_predictions(predictions, report, config.reports_dir)
+# record_in_manifest(config.output_dir, metrics=report["groups"])
 
 # %% [markdown]
 # ## 6. Evaluation Suites
@@ -2586,10 +2935,38 @@ def load_report(reports_dir: str, *, missing_ok: bool = False) -> dict | None:
 
 # %%
 DENIAL = {
-    "en": r"\b(no|not|none|cannot|can't|never|without|isn't|doesn't|nothing|neither|only|nowhere|lacks?)\b",
-    "de": r"\b(nein|nicht|nichts|kein\w*|nie|niemals|ohne|weder|nur|nirgends|fehlt)\b",
+    "en": r"\b(no|not|none|cannot|never|nothing|neither|nor|nobody|nowhere|lacks?|\w+n't|unavailable|unsupported|missing|other way round)\b",
+    "de": r"\b(nein|nicht|nichts|kein\w*|nie|niemals|niemand|weder|nirgends|fehl(t|en)|leider|umgekehrt)\b",
 }
-OUTSIDE = r"\b(outside|beyond|only help|only answer|cannot help|can't help|can only|not something|außerhalb|nicht helfen|nur bei|nur zu|nur fragen|kann ich nicht|nichts sagen)\b"
+# The same words in phrases that deny nothing.
+NO_DENIAL = (
+    r"\b(no (problem|worries|doubt|trouble|matter)|not (only|just|a problem|hard|difficult)|nothing (easier|simpler)|why not"
+    r"|keine? (problem|sorge|zweifel)|nicht (nur|schwer|schwierig)|nichts (leichter|einfacher) als|warum nicht)\b"
+)
+AFFIRMATION = (
+    r"\W*(yes|yeah|sure|of course|certainly|absolutely|definitely|ja|klar|natürlich|gerne?|sicher|selbstverständlich)\b"
+    r"(?!\W*(not|nicht)\b)"
+)
+INSTRUCTION = (
+    r"\W*((just|simply|einfach) )?(open|click|press|go|use|select|choose|tap|drag|tick|you"
+    r"|öffne|klicke?|drücke?|wähle|gehe?|nutze|ziehe?|du|sie)\b"
+)
+# The assistant speaks of itself and its scope. "Outside" or "only" alone would do for half of all answers about the product.
+OUTSIDE = (
+    r"\bI( can(not|'t)| could(n't| not)| do(n't| not)| won't| will not|'d rather not| (have|hold|know|give) no)\b"
+    r"|\bI('m| am) (unable|not able)\b"
+    r"|\bI('m| am| can| could| do)?( only| just| simply)* (here|made|only|for|help|answer|cover|deal|know)\b.{0,40}\bArciva\b"
+    r"|\b(as|I'm|I am|stay)( only| just| simply| here as)* (the|an) (Arciva assistant|assistant for Arciva)\b"
+    r"|\b(outside|beyond|not (with)?in|out of|not? part of)\b.{0,25}\b(I|my|me|scope|the Arciva assistant)\b"
+    r"|\b(not|nothing|something) (something )?(I|the Arciva assistant|on which I)\b"
+    r"|\b(kann|darf|werde|weiß|kenne|gebe|helfe|äußere|habe|schreibe|kommentiere|lasse) ich\b.{0,50}\b(nicht|nichts|kein\w*|lieber|außerhalb)\b"
+    r"|\bich\b.{0,30}\b(nur|ausschließlich|nicht helfen)\b|\bich (kenne|weiß) (kein\w*|nicht)\b"
+    r"|\b(ich bin|bin ich|als|bleibe|der)( nur| hier als)* (der |dein )?(Arciva-Assistent|Assistent für Arciva)"
+    r"|\b(außerhalb|gehör\w+ nicht|nicht mein|übersteig\w+)\b.{0,40}\b(ich|mein\w*|mir|Arciva-Assistent\w*)\b"
+)
+SUITE_TYPES = Literal[
+    "minimum", "invariance", "directional", "absent", "premise", "number", "other-product", "out-of-domain", "twin"
+]
 
 
 class SuiteItem(BaseModel):
@@ -2600,9 +2977,7 @@ class SuiteItem(BaseModel):
     id: str
     suite: Literal["checklists", "probes"]
     capability: str
-    type: Literal[
-        "minimum", "invariance", "directional", "absent", "premise", "number", "other-product", "out-of-domain", "twin"
-    ]
+    type: SUITE_TYPES
     language: Literal["en", "de"]
     prompt: str
     gold: str  # an answer that passes
@@ -2610,6 +2985,7 @@ class SuiteItem(BaseModel):
     must: list[list[str]] = []  # each group needs one of its strings in the answer
     must_not: list[str] = []
     same_as: str | None = None  # invariance: must pass exactly where that item passes
+    variant: Literal["typo", "casing", "polite", "language"] | None = None  # invariance: what differs from that item
     answer_language: Literal["en", "de"] | None = None
     steps: bool | None = None  # directional: whether the answer is a numbered list
     twin: str | None = None  # probes: the answerable question beside this one
@@ -2634,62 +3010,219 @@ def load_suites(folder: str = "data/suites") -> list[SuiteItem]:
     return items
 
 
+# %% [markdown]
+# Checks read answers by rules, without a judge model, so the rules have to be narrow. A denial stands in the first two sentences and is
+# none after *yes* or *no problem*. A refusal speaks in the first person of what the assistant covers. A number or a short word in an
+# answer counts as a whole: a wanted *3* is not in *13*.
+
+
 # %%
+def opening(answer: str, count: int = 2) -> list[str]:
+    """The first sentences, with straight apostrophes."""
+    return re.split(r"(?<=[.!?:])\s+", re.sub("[’ʼ]", "'", answer.strip()))[:count]
+
+
 def denies(answer: str, language: str) -> bool:
-    """Whether the first sentence says that something is not there."""
-    return bool(re.search(DENIAL[language], re.split(r"(?<=[.!?])\s", answer.strip())[0], re.IGNORECASE))
+    """Whether the first two sentences say that something is not there; a second one after an instruction does not count."""
+    first, *second = opening(answer)
+    if re.match(AFFIRMATION, first, re.IGNORECASE):
+        return False
+    said = [first] if re.match(INSTRUCTION, first, re.IGNORECASE) else [first, *second]
+    # Nor does a question, or a refusal: "I cannot help with that" says nothing about the product.
+    said = [re.sub(NO_DENIAL, " ", s, flags=re.IGNORECASE) for s in said if not s.endswith("?") and not declines(s)]
+    return any(re.search(DENIAL[language], s, re.IGNORECASE) for s in said)
 
 
-def unsupported_claims(answer: str, vocabulary: str, prompt: str = "") -> list[str]:
-    """Quoted labels, shortcuts and numbers of an answer that neither the knowledge nor the question contains."""
-    claims = re.findall(r'"([^"\n]{2,80})"', answer)
-    claims += re.findall(r"\b(?:Ctrl|Cmd|Strg|Alt|Shift)\+\w+", answer)
-    claims += re.findall(r"(?<![\w.])\d+(?:[.,]\d+)*(?![\w.]*\.\s)", re.sub(r"(?m)^\s*\d+\.\s", "", answer))
-    known = vocabulary + "\n" + prompt
-    return [c for c in dict.fromkeys(claims) if c not in known]
+def declines(answer: str) -> bool:
+    """Whether the first two sentences place the question outside what the assistant answers."""
+    return bool(re.search(OUTSIDE, " ".join(opening(answer)), re.IGNORECASE))
 
 
-def failures(item: SuiteItem, answer: str) -> list[str]:
+def tokens_of(text: str) -> list[str]:
+    """Words and numbers, case-folded: 12,000 is 12000, 2,5 is 2.5 and 4GB is 4 gb."""
+    text = unicodedata.normalize("NFC", text).casefold()
+    text = re.sub(r"(?<=\d)[.,](?=\d{3}(?!\d))", "", text)
+    return re.findall(r"[^\W\d]\w*|\d+(?:[.:]\d+)*", re.sub(r"(?<=\d),(?=\d)", ".", text))
+
+
+def contains(text: str, wanted: str) -> bool:
+    """Whether the answer says it; digits and what is shorter than four letters as whole words, the rest also as part of a word."""
+    text, wanted = f" {' '.join(tokens_of(text))} ", " ".join(tokens_of(wanted))
+    return (f" {wanted} " if len(wanted) < 4 or re.search(r"\d", wanted) else wanted) in text
+
+
+def speaks(answer: str, language: str) -> bool:
+    """Whether the answer is in that language; too short an answer to tell is."""
+    english = set(tokens_of(answer)) & ENGLISH - {"in"}  # which German has too
+    return guess_language(answer) == language or (language == "de" and not english)
+
+
+# %% [markdown]
+# An answer that names a button, a menu, a shortcut or a number that the knowledge does not have is wrong, whatever else it says. The
+# knowledge is the labels of `data/knowledge/facts.yaml` and all its authored answers, where the repository is present, and the reference
+# answers of the data. A label may be a run of whole words of a known one; a menu path, a shortcut and a number must be known as a whole.
+
+# %%
+QUOTED = re.compile(
+    r"\*\*(?=\S)([^*\n]{1,80})\*\*|`([^`\n]{1,80})`|[\"“”„]([^\"“”„\n]{1,80})[\"“”]|[«»]([^«»\n]{1,80})[«»]"
+    r"|(?<!\w)['‘‚]([^'‘’‚\n]{2,60})['‘’](?!\w)"
+)
+CAPITALISED = r"[\"“„'*]{0,2}[A-ZÄÖÜ][\w&…-]*"
+SMALL_WORDS = "for|as|to|by|of|in|and|&|from|with|und|für|als|nach|von|im"
+SEGMENT = rf"{CAPITALISED}(?: (?:(?:{SMALL_WORDS}) )?[A-ZÄÖÜ][\w&…-]*){{0,3}}[\"“”'*]{{0,2}}"
+ARROW = r"(?:\s*(?:->|[>→›⇒▸])\s*|\s+»\s+)"
+MENU_PATH = re.compile(rf"{SEGMENT}(?:{ARROW}{SEGMENT})+")
+BEFORE_PATH = r"^(?:(?:then|open|click|choose|select|use|go|to|see|under|in|dann|öffne|klicke?|auf|wähle|gehe?|nach|unter|siehe) )+"
+MODIFIERS = {
+    **dict.fromkeys(("ctrl", "control", "strg", "steuerung"), "ctrl"),
+    **dict.fromkeys(("cmd", "command", "befehl", "meta"), "cmd"),
+    **dict.fromkeys(("alt", "option", "opt", "wahl"), "alt"),
+    **dict.fromkeys(("shift", "umschalt"), "shift"),
+}
+SYMBOLS = {"⌘": "cmd+", "⌃": "ctrl+", "⌥": "alt+", "⇧": "shift+"}
+KEYS = {"escape": "esc", "return": "enter", "eingabe": "enter", "entf": "delete", "del": "delete", "leertaste": "space"}
+KEY = rf"(?:F\d{{1,2}}|{'|'.join(KEYS)}|enter|esc|tab|space|delete|backspace|home|end|up|down|left|right|[ck]lick\w*|\w|[\[\]\\/.,;=+-])"
+SHORTCUT = re.compile(
+    rf"(?<!\w)(?:(?:{'|'.join(MODIFIERS)})(?:/(?:{'|'.join(MODIFIERS)}))*\s*[+-]\s*|[⌃⌘⌥⇧]\s*\+?\s*)+{KEY}(?!\w)"
+    r"|(?<![\w.-])F(?:[1-9]|1[0-2])(?!\w)"
+    r"|(?<=press )(?-i:[A-Z])(?![\w'])|(?<=key )(?-i:[A-Z])(?![\w'])|(?<=taste )(?-i:[A-Z])(?!\w)|(?<=drücke )(?-i:[A-Z])(?!\w)",
+    re.IGNORECASE,
+)
+
+
+def shortcut_forms(shortcut: str) -> list[str]:
+    """`Strg/Cmd + Z` as `ctrl+z` and `cmd+z`."""
+    text = shortcut.casefold()
+    for symbol, name in SYMBOLS.items():
+        text = text.replace(symbol, name)
+    *held, key = [part for part in re.split(r"\s*[+-]\s*(?=\S)", text) if part]
+    key = "click" if re.match("[ck]lick", key) else KEYS.get(key, key)
+    combinations = [[]]
+    for part in held:
+        combinations = [[*c, MODIFIERS[m]] for c in combinations for m in part.split("/")]
+    return ["+".join([*sorted(c), key]) for c in combinations]
+
+
+# %%
+def claims(text: str) -> list[tuple[str, str, list[str]]]:
+    """(kind, as written, forms to look up) of every menu path, label, shortcut and number in a text; list numbers are none."""
+    text, found = re.sub(r"(?m)^\s*\d+[.)]\s", " ", text), []
+
+    def take(kind: str, pattern: re.Pattern, forms: Callable) -> None:
+        nonlocal text
+
+        def taken(match: re.Match) -> str:
+            written = next((g for g in match.groups() if g), match[0])
+            written = re.sub(BEFORE_PATH, "", written, flags=re.IGNORECASE) if kind == "paths" else written
+            if kind == "labels" and SHORTCUT.fullmatch(written):
+                return f" {written} "
+            found.append((kind, written, forms(written)))
+            return " "
+
+        text = pattern.sub(taken, text)
+
+    take("paths", MENU_PATH, lambda path: [" > ".join(map(normalise, re.split(ARROW, path)))])
+    take("labels", QUOTED, lambda label: [normalise(label)])
+    take("shortcuts", SHORTCUT, shortcut_forms)
+    return found + [("numbers", token, [token]) for token in tokens_of(text) if token[0].isdigit()]
+
+
+def runs(parts: Sequence[str], shortest: int, joint: str) -> set[str]:
+    """Every run of at least so many neighbouring parts."""
+    places = range(len(parts) + 1)
+    return {joint.join(parts[a:b]) for a in places for b in places[a + shortest :]}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What answers may name: the forms of `claims`, by kind."""
+
+    labels: frozenset[str]
+    paths: frozenset[str]
+    shortcuts: frozenset[str]
+    numbers: frozenset[str]
+
+
+def build_vocabulary(labels: Sequence[str], texts: Iterable[str]) -> Vocabulary:
+    """All that the labels and the texts name."""
+    known = {kind: set() for kind in Vocabulary.__dataclass_fields__}
+    for text in {*texts, *(f'"{label}"' for label in labels), *labels}:
+        for kind, _, forms in claims(text):
+            for form in forms:
+                parts = {"labels": (form.split(), 1, " "), "paths": (form.split(" > "), 2, " > ")}.get(kind)
+                known[kind] |= runs(*parts) if parts else {form}
+    known["shortcuts"] |= {label.casefold() for label in labels if len(label) == 1}
+    return Vocabulary(**{kind: frozenset(forms) for kind, forms in known.items()})
+
+
+# %%
+def unsupported_claims(answer: str, vocabulary: Vocabulary, prompt: str = "") -> list[str]:
+    """Labels, menu paths, shortcuts and numbers of an answer that neither the knowledge nor the question contains."""
+    missing = [
+        (kind, written, forms)
+        for kind, written, forms in claims(answer)
+        if not set(forms) <= getattr(vocabulary, kind) | {""}
+    ]
+    if not missing:
+        return []
+    asked, words = {form for _, _, forms in claims(prompt) for form in forms}, f" {normalise(prompt)} "
+    return list(
+        dict.fromkeys(
+            written
+            for kind, written, forms in missing
+            if not set(forms) <= asked and not (kind == "labels" and f" {forms[0]} " in words)
+        )
+    )
+
+
+def failures(item: SuiteItem, answer: str, unsupported: Sequence[str] = ()) -> list[str]:
     """Why an answer fails an item; an empty list is a pass. `same_as` is judged over all items, in `run_suite`."""
     language, found = item.answer_language or item.language, []
     if not answer.strip():
         return ["empty"]
     if item.expect == "deny" and not denies(answer, language):
         found.append("does not say that it is not there")
-    if item.expect == "decline" and not re.search(OUTSIDE, answer, re.IGNORECASE):
+    if item.expect == "deny" and unsupported:
+        found.append(f"denies, and yet names {', '.join(unsupported)}")
+    if item.expect == "decline" and not declines(answer):
         found.append("does not decline")
-    if item.expect == "answer" and re.search(OUTSIDE, answer, re.IGNORECASE):
+    if item.expect == "answer" and declines(answer):
         found.append("declines an answerable question")
-    text = normalise(answer)
-    found += [f"lacks {' or '.join(group)}" for group in item.must if not any(normalise(m) in text for m in group)]
-    found += [f"says {word}" for word in item.must_not if normalise(word) in text]
-    if item.answer_language and guess_language(answer) != item.answer_language:
+    found += [f"lacks {' or '.join(group)}" for group in item.must if not any(contains(answer, m) for m in group)]
+    found += [f"says {word}" for word in item.must_not if contains(answer, word)]
+    if item.answer_language and not speaks(answer, item.answer_language):
         found.append(f"is not in {item.answer_language}")
     if item.steps is not None and bool(re.search(r"(?m)^\s*1[.)]\s", answer)) != item.steps:
         found.append("is not a numbered list" if item.steps else "is a numbered list")
     return found
 
 
-def run_suite(items: Sequence[SuiteItem], answer: Callable[[list[str]], list[str]], vocabulary: str) -> pd.DataFrame:
-    """One row per item: its answer, whether it passed and why not, and how many claims the knowledge does not support.
+def run_suite(
+    items: Sequence[SuiteItem], answer: Callable[[list[str]], list[str]], vocabulary: Vocabulary
+) -> pd.DataFrame:
+    """One row per item: its answer, whether it passed and why not, and the claims that the knowledge does not support.
 
-    `answer` maps prompts to answers: a model, a merged folder or a served endpoint.
+    `answer` maps prompts to answers: a model, a merged folder or a served endpoint. `family` is the family of the item's facts.
     """
     answers = answer([item.prompt for item in items])
-    reasons = {item.id: failures(item, text) for item, text in zip(items, answers, strict=True)}
-    rows = []
-    for item, text in zip(items, answers, strict=True):
+    claimed = [unsupported_claims(a, vocabulary, item.prompt) for item, a in zip(items, answers, strict=True)]
+    reasons = {i.id: failures(i, a, c) for i, a, c in zip(items, answers, claimed, strict=True)}
+    families, rows = fact_families([item for item in items if item.fact_ids]), []
+    for item, text, unsupported in zip(items, answers, claimed, strict=True):
         found = list(reasons[item.id])
-        if item.same_as and bool(found) != bool(reasons.get(item.same_as)):
+        flipped = bool(item.same_as) and bool(found) != bool(reasons.get(item.same_as))
+        if flipped:
             found.append(f"differs in outcome from {item.same_as}")
-        unsupported = unsupported_claims(text, vocabulary, item.prompt)
         rows.append(
             {
                 **item.model_dump(),
+                "family": families[item.fact_ids[0]] if item.fact_ids else item.id,
                 "answer": text,
                 "passed": not found,
+                "flipped": flipped if item.same_as else None,
                 "reasons": "; ".join(found),
                 "unsupported": len(unsupported),
+                "unsupported_claims": unsupported,
             }
         )
     return pd.DataFrame(rows)
@@ -2701,32 +3234,126 @@ def suite_matrix(results: pd.DataFrame) -> pd.DataFrame:
     return results.pivot_table(index="capability", columns="type", values="passed", aggfunc="mean")
 
 
-def hallucination_summary(results: pd.DataFrame) -> dict[str, float]:
-    """False answers to probes and false refusals of their answerable twins, together: shares in [0, 1].
-
-    Refusing everything gives no false answer and only false refusals; `balanced_accuracy` is then one half. On `held_out` probes a
-    model was never told that the thing is missing: they show whether it learned to say no, or which things to say no to.
-    """
-    probes = results[(results["suite"] == "probes")]
-    twins, traps = probes[probes["type"] == "twin"], probes[probes["type"] != "twin"]
-    false_answer, false_refusal = 1 - traps["passed"].mean(), 1 - twins["passed"].mean()
-    return {
-        "probes": len(traps),
-        "twins": len(twins),
-        "false_answer": float(false_answer),
-        "false_answer_held_out": float(1 - traps[traps["held_out"]]["passed"].mean()),
-        "false_refusal": float(false_refusal),
-        "balanced_accuracy": float(1 - (false_answer + false_refusal) / 2),
-        "unsupported_per_answer": float(results["unsupported"].mean()),
-    }
+# %% [markdown]
+# Of a suite, these rates are reported with 95 % intervals over families of facts, as for the metrics. False answers to probes and false
+# refusals of their answerable twins belong together: their mean is what *balanced accuracy* lacks to one. On `held_out` probes a model was
+# never told that the thing is missing: they show whether it learned to say no, or which things to say no to. *Flips* are the variants of a
+# question (typing errors, capitals, courtesy, the other language) that pass where the question fails, or the reverse.
 
 
 # %%
-def knowledge_vocabulary(examples: Sequence[Example], folder: str = "data/knowledge") -> str:
-    """All that an answer may quote: the knowledge's labels where the repository is present, and every reference answer."""
+def share(summed: np.ndarray) -> np.ndarray:
+    """(…) first column over the second; not a number where there is nothing to count."""
+    return np.divide(summed[..., 0], summed[..., 1], out=np.full(summed.shape[:-1], np.nan), where=summed[..., 1] > 0)
+
+
+def share_of(column: str, among: Callable[[pd.DataFrame], pd.Series]) -> Callable[[pd.DataFrame, str], np.ndarray]:
+    """Statistics of the mean of a column among some items."""
+
+    def statistics(frame: pd.DataFrame, who: str) -> np.ndarray:
+        counted = among(frame).to_numpy(float)
+        return np.stack([frame[f"{who}_{column}"].to_numpy(float) * counted, counted], axis=1)
+
+    return statistics
+
+
+def is_trap(frame: pd.DataFrame) -> pd.Series:
+    return (frame["suite"] == "probes") & (frame["type"] != "twin")
+
+
+FALSE_ANSWER = share_of("failed", is_trap)
+FALSE_REFUSAL = share_of("failed", lambda f: f["type"] == "twin")
+SUITE_METRICS = (
+    MetricSpec("checklists", "higher", share_of("passed", lambda f: f["suite"] == "checklists"), share),
+    MetricSpec("false_answer", "lower", FALSE_ANSWER, share),
+    MetricSpec("false_answer_held_out", "lower", share_of("failed", lambda f: is_trap(f) & f["held_out"]), share),
+    MetricSpec("false_refusal", "lower", FALSE_REFUSAL, share),
+    MetricSpec(
+        "balanced_accuracy",
+        "higher",
+        lambda f, who: np.hstack([FALSE_ANSWER(f, who), FALSE_REFUSAL(f, who)]),
+        lambda s: 1 - (share(s[..., :2]) + share(s[..., 2:])) / 2,
+    ),
+    MetricSpec("flips", "lower", share_of("flipped", lambda f: f["same_as"].notna()), share),
+    MetricSpec("unsupported_per_answer", "lower", share_of("unsupported", lambda f: f["id"].notna()), share),
+)
+
+
+def side_by_side(base: pd.DataFrame, tuned: pd.DataFrame) -> pd.DataFrame:
+    """Items that both answered, with what each did."""
+    judged = ["passed", "flipped", "unsupported"]
+    frames = [
+        r[["id", "prompt", *judged]].rename(columns={c: f"{who}_{c}" for c in judged})
+        for who, r in (("base", base), ("tuned", tuned))
+    ]
+    frame = tuned.drop(columns=judged).merge(frames[0], on=["id", "prompt"]).merge(frames[1], on=["id", "prompt"])
+    for who in ("base", "tuned"):
+        frame[f"{who}_flipped"] = frame[f"{who}_flipped"].eq(True)  # none where there is nothing to flip
+        frame[f"{who}_failed"] = ~frame[f"{who}_passed"].astype(bool)
+    return frame
+
+
+# %%
+def suite_scores(base: pd.DataFrame, tuned: pd.DataFrame) -> dict:
+    """Rates of base and tuned with their intervals, their difference and its p-value; shares in [0, 1], but for unsupported claims."""
+    frame = side_by_side(base, tuned)
+    draws = resample(int(clusters_of(frame).max()) + 1, 0)
+    scores = {spec.name: compare(frame, spec, draws) for spec in SUITE_METRICS}
+    for figures in scores.values():
+        figures["paired"] = {k: figures["paired"][k] for k in ("difference", "p_value")}
+    return scores
+
+
+def hallucination_summary(results: pd.DataFrame) -> dict[str, float]:
+    """The rates without their intervals, and how many probes and twins they rest on.
+
+    Denying everything gives nothing but false refusals of the twins, and false answers wherever a probe asks for the right fact beside the
+    denial or for a refusal; declining everything passes out-of-domain probes alone. Both stay below a balanced accuracy of one half.
+    """
+    frame = side_by_side(results, results)
+    counts = {"probes": int(is_trap(frame).sum()), "twins": int((frame["type"] == "twin").sum())}
+    return counts | {spec.name: float(spec.figure(spec.statistics(frame, "tuned").sum(0))) for spec in SUITE_METRICS}
+
+
+def suite_table(suites: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Base beside tuned, one line per rate."""
+    scores = suite_scores(suites.get("base", suites["tuned"]), suites["tuned"])
+    text = "{value:.3g} [{low:.3g}, {high:.3g}]".format
+    lines = {
+        name: {who: text(**figures[who]) for who in ("base", "tuned") if who in suites}
+        | ({"p": f"{figures['paired']['p_value']:.3f}"} if len(suites) > 1 else {})
+        for name, figures in scores.items()
+    }
+    return pd.DataFrame.from_dict(lines, orient="index")
+
+
+# %%
+def texts_below(value) -> Iterator[str]:
+    """Every string in nested lists and dictionaries."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from texts_below(inner)
+
+
+def knowledge_vocabulary(examples: Sequence[Example], folder: str = "data/knowledge") -> Vocabulary:
+    """All that an answer may name: labels and authored answers of the knowledge, where it is present, and reference answers."""
     index = next((p for p in (Path(folder), REPOSITORY / folder) if (p / "facts.yaml").is_file()), None)
-    labels = (index / "facts.yaml").read_text(encoding="utf-8") if index else ""
-    return labels + "\n".join(e.messages[-1]["content"] for e in examples)
+    labels, texts = [], [e.messages[-1]["content"] for e in examples]
+    if index:
+        import yaml  # only the repository has files to read with it
+
+        files, loader = {}, getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        for file in sorted(index.glob("*.yaml")):
+            try:
+                files[file.name] = yaml.load(file.read_text(encoding="utf-8"), loader)
+            except yaml.YAMLError as error:
+                raise ArcivaError(f"{file} is no valid YAML ({' '.join(str(error).split())}); mend it") from error
+        labels = [str(label) for fact in files.pop("facts.yaml").values() for label in fact.get("labels", [])]
+        for entries in ((content or {}).get("entries") or [] for content in files.values()):
+            texts += texts_below([entry.get("answers", {}) for entry in entries])
+    return build_vocabulary(labels, texts)
 
 
 def answerer(model, tokenizer, config: Config, hardware: Hardware) -> Callable[[list[str]], list[str]]:
@@ -2736,7 +3363,7 @@ def answerer(model, tokenizer, config: Config, hardware: Hardware) -> Callable[[
 
 
 def run_suites(
-    model, tokenizer, items: Sequence[SuiteItem], vocabulary: str, config: Config, hardware: Hardware
+    model, tokenizer, items: Sequence[SuiteItem], vocabulary: Vocabulary, config: Config, hardware: Hardware
 ) -> dict[str, pd.DataFrame]:
     """Results of base and tuned on the same items."""
     answer = answerer(model, tokenizer, config, hardware)
@@ -2746,19 +3373,42 @@ def run_suites(
     return results
 
 
-def save_suites(suites: dict[str, pd.DataFrame], reports_dir: str) -> None:
-    """`suites.json` (rates by suite, capability and type, probes together) and `suites_<who>.jsonl` (every answer)."""
-    summary = {}
+def or_null(value):
+    """The same with None for what is not a number, which JSON does not know."""
+    if isinstance(value, dict):
+        return {k: or_null(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def suite_summary(suites: dict[str, pd.DataFrame], adapter: str | None) -> dict:
+    """`suites.json`, schema version 2. `adapter` is the hash of the judged weights, `suites` that of the items.
+
+    `base` and `tuned`: `rates` (name → {value, low, high}), `flips` by variant and `matrix` (capability → type → share passed); `paired`:
+    name → {difference: {value, low, high}, p_value}. A model without its base, as behind an endpoint, is `tuned` alone.
+    """
+    tuned = suites["tuned"]
+    items = tuned[[c for c in SuiteItem.model_fields if c in tuned]].to_json(orient="records")
+    scores = suite_scores(suites.get("base", tuned), tuned)
+    summary = {"schema_version": 2, "adapter": adapter, "suites": hashlib.sha256(items.encode()).hexdigest()[:12]}
     for who, results in suites.items():
-        write_atomic(
-            Path(reports_dir) / f"suites_{who}.jsonl", results.to_json(orient="records", lines=True, force_ascii=False)
-        )
+        variants = results[results["same_as"].notna()]
         summary[who] = {
-            "passed": results.groupby("suite")["passed"].mean().to_dict(),
-            "probes": hallucination_summary(results),
+            "rates": {name: figures[who] for name, figures in scores.items()},
+            "flips": variants["flipped"].astype(float).groupby(variants["variant"]).mean().to_dict(),
             "matrix": json.loads(suite_matrix(results).to_json(orient="index")),
         }
-    write_atomic(Path(reports_dir) / "suites.json", json.dumps(summary, indent=1))
+    if "base" in suites:
+        summary["paired"] = {name: figures["paired"] for name, figures in scores.items()}
+    return or_null(summary)
+
+
+def save_suites(suites: dict[str, pd.DataFrame], reports_dir: str, adapter: str | None = None) -> None:
+    """`suites.json` (the summary above) and `suites_<who>.jsonl` (every answer, with its reasons and unsupported claims)."""
+    for who, results in suites.items():
+        lines = results.to_json(orient="records", lines=True, force_ascii=False)
+        write_atomic(Path(reports_dir) / f"suites_{who}.jsonl", lines)
+    text = json.dumps(suite_summary(suites, adapter), indent=1, allow_nan=False)
+    write_atomic(Path(reports_dir) / "suites.json", text)
 
 
 def load_suite_results(reports_dir: str) -> dict[str, pd.DataFrame] | None:
@@ -2766,7 +3416,9 @@ def load_suite_results(reports_dir: str) -> dict[str, pd.DataFrame] | None:
     files = {who: Path(reports_dir) / f"suites_{who}.jsonl" for who in ("tuned", "base")}
     if not all(file.is_file() for file in files.values()):
         return None
-    return {who: pd.read_json(file, lines=True, convert_dates=False) for who, file in files.items()}
+    # An answer of "0012" is no number.
+    words = dict.fromkeys(("id", "family", "prompt", "gold", "answer", "reasons"), str)
+    return {who: pd.read_json(file, lines=True, convert_dates=False, dtype=words) for who, file in files.items()}
 
 
 # %% tags=["active-ipynb"]
@@ -2775,43 +3427,92 @@ def load_suite_results(reports_dir: str) -> dict[str, pd.DataFrame] | None:
 #     run_suites(model, tokenizer, suite_items, knowledge_vocabulary(examples), config, hardware) if suite_items else None
 # )
 # if suites:
-#     save_suites(suites, config.reports_dir)
+#     save_suites(suites, config.reports_dir, adapter_fingerprint(config.output_dir))
 
 # %% tags=["active-ipynb"]
-# pd.DataFrame({who: hallucination_summary(results) for who, results in suites.items()}) if suites else "no suites"
+# suite_table(suites) if suites else "no suites"
 
 # %% [markdown]
-# Read false answers and false refusals together: a model that refuses everything has none of the former and all of the latter, and its
-# balanced accuracy is one half. A nano base stays below that: it neither refuses nor answers reliably. The matrix below shows the share of passed items by capability and type of check.
+# Read false answers and false refusals together: a model that denies everything has few of the former and all of the latter, and one that
+# declines everything fails the probes too, because "I cannot help" does not tell anybody that a feature is missing. Neither gets a balanced
+# accuracy of one half. What such answerers without any knowledge reach is printed by `python tools/run_suites.py --canned`; a figure
+# near theirs, as of a nano base that neither refuses nor answers reliably, says nothing. The matrix below shows the share of passed items
+# by capability and type of check, for the base and for the tuned model.
 
 # %% tags=["active-ipynb"]
-# suite_matrix(suites["tuned"]).style.format("{:.0%}", na_rep="") if suites else "no suites"
+# matrices = {who: suite_matrix(suites[who]) for who in ("base", "tuned")} if suites else {}
+# matrix = pd.concat(matrices, names=["model"]).swaplevel().sort_index() if suites else None
+# matrix.style.format("{:.0%}", na_rep="") if suites else "no suites"
 
 # %% [markdown]
 # ### Whether it ships
 #
-# Thresholds turn the figures into a decision. None is set by default; a team sets its own, and names the reports of the model it
-# has accepted last. The comparison is paired on the questions that both have answered, and a metric counts as worse only where
-# the paired bootstrap's p-value is below 0.05.
+# Thresholds turn the figures into a decision. None is set by default; a team sets its own, demands with `not_worse_than_base` that training
+# has spoilt nothing, and names in `compare_to` the reports of the model that it has accepted last. These comparisons are paired, on the questions
+# that both have answered, rephrased and unseen ones apart, and on the suites' items, by an exact sign test on those that only one of the two
+# has passed. They are some twenty; so that an equal model is seldom refused by chance, worse means a p-value below 0.01, not 0.05.
 
 
 # %%
-def paired_with(accepted_dir: str, config: Config) -> tuple[pd.DataFrame, list[MetricSpec]]:
-    """Rephrased test questions that both models answered, with the accepted one as `base`, and the metrics that compare them."""
+GATE_P = 0.01
+JUDGED_GROUPS = ("test/rephrased", "test/unseen")
+
+
+def paired_with(accepted_dir: str, config: Config) -> tuple[dict[str, pd.DataFrame], list[MetricSpec]]:
+    """Test questions that both models answered, by group, with the accepted one as `base`, and the metrics that compare them."""
     accepted, own = load_predictions(str(folder_of(accepted_dir))), load_predictions(config.reports_dir)
-    own = own.query("split == 'test' and novelty == 'rephrased'").drop(columns=["base_answer", "base_cut", "base_nll"])
+    own = own.query("split == 'test'").drop(columns=["base_answer", "base_cut", "base_nll"])
     columns = {f"tuned_{part}": f"base_{part}" for part in ("answer", "cut", "nll")}
-    theirs = accepted[["question", "reference", "answer_tokens", *columns]].rename(columns=columns)
-    frame = own.merge(theirs, on=["question", "reference"], suffixes=("", "_accepted"))
-    if len(frame) < 20:
+    theirs = accepted[["question", "reference", "novelty", "answer_tokens", *columns]].rename(columns=columns)
+    theirs = theirs.drop_duplicates(["question", "reference", "novelty"])
+    frame = own.merge(theirs, on=["question", "reference", "novelty"], suffixes=("", "_accepted"))
+    groups = {f"test/{novelty}": group for novelty, group in frame.groupby("novelty")}
+    shared = len(groups.get("test/rephrased", ()))
+    if shared < 20:
         raise ArcivaError(
-            f"{accepted_dir} shares {len(frame)} rephrased test questions with this run, expected 20 or more; name reports on the same data and seed"
+            f"{accepted_dir} shares {shared} rephrased test questions with this run, expected 20 or more; name reports on the same data and seed"
         )
     same_tokens = bool((frame["answer_tokens"] == frame["answer_tokens_accepted"]).all())
     comparable = [s for s in METRICS if s.better != "neither" and (s.name != "perplexity" or same_tokens)]
-    return frame, comparable
+    return groups, comparable
 
 
+def sign_test(gained: int, lost: int) -> float:
+    """Exact two-sided p-value in (0, 1] of so many items gained and lost, if each were as likely as the other."""
+    tail = sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2 ** (gained + lost))
+
+
+def worse_metrics(scores: dict, group: str, against: str) -> list[str]:
+    """A sentence for each metric of a group that is worse than `against`, beyond chance."""
+    found = []
+    for spec in METRICS:
+        if spec.better == "neither" or spec.name not in scores:
+            continue
+        then, now = (scores[spec.name][who]["value"] for who in ("base", "tuned"))
+        chance = scores[spec.name]["paired"]["p_value"]
+        if (now < then if spec.better == "higher" else now > then) and chance < GATE_P:
+            found.append(f"{spec.name} on {group} went from {then:.3g} to {now:.3g} (p {chance:.3f}) against {against}")
+    return found
+
+
+def worse_suites(before: pd.DataFrame, after: pd.DataFrame, against: str) -> list[str]:
+    """The same for the share of passed items of each suite."""
+    found, shared = [], side_by_side(before, after)
+    if not len(shared):
+        raise ArcivaError(f"{against} and this run share no suite items; expected reports on the suites of today")
+    for suite, items in shared.groupby("suite"):
+        then, now = items["base_passed"].astype(bool), items["tuned_passed"].astype(bool)
+        gained, lost = int((now & ~then).sum()), int((then & ~now).sum())
+        chance = sign_test(gained, lost)
+        if lost > gained and chance < GATE_P:
+            found.append(
+                f"{suite} went from {then.mean():.1%} to {now.mean():.1%} passed (p {chance:.3f}) against {against}"
+            )
+    return found
+
+
+# %%
 def report_of_adapter(config: Config, *, missing_ok: bool = False) -> dict | None:
     """The report on the adapter in `output_dir`; another adapter's counts as none."""
     report = load_report(config.reports_dir, missing_ok=missing_ok)
@@ -2824,12 +3525,56 @@ def report_of_adapter(config: Config, *, missing_ok: bool = False) -> dict | Non
     return report
 
 
+def below(asked: dict[str, float], reached: dict[str, float]) -> list[str]:
+    """A sentence for each threshold that is not reached."""
+    return [
+        f"{name.removeprefix('min_')} is {reached[name]:.3g}, below {least:g}"
+        for name, least in asked.items()
+        if name in reached and not reached[name] >= least
+    ]
+
+
+def reached_on_suites(tuned: pd.DataFrame) -> dict[str, float]:
+    """What the thresholds on suites are compared with."""
+    summary = hallucination_summary(tuned)
+    return {f"min_{name}": summary[name] for name in ("checklists", "balanced_accuracy")}
+
+
+def behind_accepted(config: Config) -> list[str]:
+    """Where this model is worse than the accepted one."""
+    accepted, own = (load_suite_results(str(d)) for d in (folder_of(config.compare_to), Path(config.reports_dir)))
+    if accepted and not own:
+        raise ArcivaError(
+            f"no suite results in {config.reports_dir}, expected them because {config.compare_to} has some; evaluate with data/suites"
+        )
+    groups, comparable = paired_with(config.compare_to, config)
+    found = []
+    for group, frame in groups.items():
+        draws = resample(int(clusters_of(frame).max()) + 1, config.seed)
+        scores = {spec.name: compare(frame, spec, draws) for spec in comparable}
+        found += worse_metrics(scores, group, config.compare_to)
+    return found + (worse_suites(accepted["tuned"], own["tuned"], config.compare_to) if accepted else [])
+
+
+def behind_base(config: Config, report: dict) -> list[str]:
+    """Where training has made the model worse than its base."""
+    groups = [group for group in JUDGED_GROUPS if group in report["groups"]]
+    found = [sentence for group in groups for sentence in worse_metrics(report["groups"][group], group, "its base")]
+    suites = load_suite_results(config.reports_dir)
+    return found + (worse_suites(suites["base"], suites["tuned"], "its base") if suites else [])
+
+
+def is_gated(config: Config) -> bool:
+    """Whether anything decides on acceptance."""
+    return bool(thresholds(config) or config.compare_to or config.not_worse_than_base)
+
+
 def shortfalls(config: Config) -> list[str]:
     """Why the evaluated model must not ship, one sentence each; an empty list accepts it."""
-    asked = thresholds(config)
-    if not asked and not config.compare_to:
+    if not is_gated(config):
         return []
-    scores = report_of_adapter(config)["groups"].get("test/rephrased")
+    asked, report = thresholds(config), report_of_adapter(config)
+    scores = report["groups"].get("test/rephrased")
     if scores is None:
         raise ArcivaError("no rephrased test questions, expected some for the thresholds; give rows fact_ids")
     reached = {f"min_{name}": scores[name]["tuned"]["value"] for name in ("bleu", "rouge_l", "exact_match")}
@@ -2840,23 +3585,10 @@ def shortfalls(config: Config) -> list[str]:
             raise ArcivaError(
                 f"no suite results in {config.reports_dir}, expected them for the thresholds on suites; evaluate with data/suites"
             )
-        tuned = suites["tuned"]
-        reached["min_checklists"] = float(tuned[tuned["suite"] == "checklists"]["passed"].mean())
-        reached["min_balanced_accuracy"] = hallucination_summary(tuned)["balanced_accuracy"]
-    found = [
-        f"{k.removeprefix('min_')} is {reached[k]:.3g}, below {v:g}" for k, v in asked.items() if not reached[k] >= v
-    ]
-    if config.compare_to:
-        frame, comparable = paired_with(config.compare_to, config)
-        weights = resampling_weights(len(frame), 1000, config.seed)
-        for spec in comparable:
-            result = compare(frame, spec, weights)
-            then, now, chance = result["base"]["value"], result["tuned"]["value"], result["paired"]["p_value"]
-            if (now < then if spec.better == "higher" else now > then) and chance < 0.05:
-                found.append(
-                    f"{spec.name} went from {then:.3g} to {now:.3g} (p {chance:.3f}) against {config.compare_to}"
-                )
-    return found
+        reached |= reached_on_suites(suites["tuned"])
+    found = below(asked, reached)
+    found += behind_base(config, report) if config.not_worse_than_base else []
+    return found + (behind_accepted(config) if config.compare_to else [])
 
 
 def refuse_shortfalls(config: Config) -> None:
@@ -2869,19 +3601,32 @@ def refuse_shortfalls(config: Config) -> None:
 
 # %% tags=["active-ipynb"]
 # refuse_shortfalls(config)
-# print("accepted by every threshold" if thresholds(config) or config.compare_to else "no threshold is set")
+# print("accepted by every threshold" if is_gated(config) else "no threshold is set")
 
 # %% [markdown]
 # ## 7. Interactive Dashboard
 #
-# Figures say how good the model is; the worst answers say why. Scoring and showing are kept apart: `rate_generations` adds a score
-# per answer, the rest only displays.
+# Figures say how good the model is; the worst answers say why. Scoring and showing are kept apart: `rate_generations` adds the
+# metrics of section 5 per answer, the rest only displays.
 
 
 # %%
+METRIC_LABELS = {  # label, better direction and digits of each metric, in the order shown
+    "rouge_l": ("ROUGE-L", "higher", 2),
+    "chrf": ("chrF", "higher", 1),
+    "bleu": ("BLEU", "higher", 1),
+    "exact_match": ("Exact match", "higher", 2),
+    "perplexity": ("Perplexity", "lower", 2),
+    "bits_per_byte": ("Bits per byte", "lower", 2),
+    "cut_off": ("Cut off", "lower", 2),
+    "answer_words": ("Answer length in words", "neither", 1),
+}
+
+
 def rate_generations(predictions: pd.DataFrame) -> pd.DataFrame:
-    """The predictions with ROUGE-L, chrF, BLEU (sentence level) and perplexity of each answer, base and tuned."""
+    """The predictions with every metric of each answer, as `base_<metric>` and `tuned_<metric>`; BLEU is at sentence level."""
     rated = predictions.copy()
+    reference_bytes = rated["reference"].str.encode("utf-8").str.len()
     for who in ("base", "tuned"):
         pairs = list(zip(rated[f"{who}_answer"], rated["reference"], strict=True))
         rated[f"{who}_rouge_l"] = [rouge_l(p, r) for p, r in pairs]
@@ -2889,12 +3634,15 @@ def rate_generations(predictions: pd.DataFrame) -> pd.DataFrame:
         rated[f"{who}_bleu"] = [SENTENCE_BLEU.sentence_score(p, [r]).score for p, r in pairs]
         rated[f"{who}_exact_match"] = [exact_match(p, r) for p, r in pairs]
         rated[f"{who}_perplexity"] = np.exp(np.minimum(700.0, rated[f"{who}_nll"] / rated["answer_tokens"]))
+        rated[f"{who}_bits_per_byte"] = rated[f"{who}_nll"] / math.log(2) / reference_bytes
+        rated[f"{who}_cut_off"] = rated[f"{who}_cut"].astype(float)
+        rated[f"{who}_answer_words"] = rated[f"{who}_answer"].str.split().str.len()
     return rated
 
 
 def best_and_worst(rated: pd.DataFrame, metric: str = "tuned_rouge_l", count: int = 5) -> pd.DataFrame:
     """The `count` best and worst answers of each split and novelty by one metric, best first."""
-    lower_is_better = metric.endswith("perplexity")
+    lower_is_better = METRIC_LABELS[metric.split("_", 1)[1]][1] == "lower"
     picked = []
     for _, group in rated.groupby(["split", "novelty"]):
         ordered = group.sort_values([metric, "id"], ascending=[lower_is_better, True])
@@ -2963,6 +3711,7 @@ def filter_widgets(frame: pd.DataFrame):
             chosen = chosen[text.str.contains(search.value, case=False, regex=False)]
         with output:
             output.clear_output(wait=True)
+            print(f"{min(25, len(chosen))} of {len(chosen)} matching rows")
             display(styled_table(chosen.sort_values(order.value, ascending=not falling.value).head(25)))
 
     for control in (*menus.values(), order, falling, search):
@@ -2984,9 +3733,9 @@ def styled_table(frame: pd.DataFrame):
 
 
 # %% [markdown]
-# The page that leaves the notebook is one HTML file with its data inside: it opens offline, in a mail, in Jupyter and in Colab. Its template
-# lies in the repository; a notebook without it writes the CSV alone and says so. Answers are hostile input, so nothing of them
-# reaches the page unescaped.
+# The page is one HTML file with its data inside: it opens offline, in a mail, and below in Jupyter and Colab. Its template
+# lies in the repository; a notebook without it writes the CSV alone and says so. Answers are hostile input: nothing of them
+# reaches the page unescaped, the page's policy allows its own script only, and the notebook shows it in a sandbox.
 
 
 # %%
@@ -3038,65 +3787,61 @@ def html_table(caption: str, columns: Sequence[str], rows: list[list]) -> str:
 def render_page(data: dict, template: str) -> str:
     """The template with its title, its data and, for readers without scripts, two plain tables filled in."""
     rows, columns = data["rows"], ["group", "questions", "metric", "base", "tuned"]
-    summary = [[*(x[c] for c in columns[:3]), x["base"]["value"], x["tuned"]["value"]] for x in data["summary"]]
+    shown = [x for x in data["summary"] if x.get("by", "split") == "split"]
+    summary = [[*(x[c] for c in columns[:3]), x["base"]["value"], x["tuned"]["value"]] for x in shown]
     caption = f"The first {min(len(rows), NOSCRIPT_ROWS)} of {len(rows)} answers, shortened; scripts are off."
     answers = html_table(caption, PAGE_COLUMNS, [[r.get(c) for c in PAGE_COLUMNS] for r in rows[:NOSCRIPT_ROWS]])
     parts = {"TITLE": html.escape(data["title"]), "TABLE": html_table("Summary", columns, summary) + answers}
+    # The browser runs this one script and no other, whatever an answer may contain: its hash stands in the page's policy.
+    script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)[1]
+    parts["HASH"] = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # One pass, so that a placeholder within the data stays text.
-    pattern = r"<!--ARCIVA_(TITLE|TABLE)-->|/\*ARCIVA_DATA\*/"
+    pattern = r"<!--ARCIVA_(TITLE|TABLE|HASH)-->|/\*ARCIVA_DATA\*/"
     return re.sub(pattern, lambda match: parts[match[1]] if match[1] else script_json(data), template)
 
 
 # %%
-METRIC_LABELS = {
-    "rouge_l": ("ROUGE-L", "higher", 2),
-    "chrf": ("chrF", "higher", 1),
-    "bleu": ("BLEU", "higher", 1),
-    "exact_match": ("Exact match", "higher", 2),
-    "perplexity": ("Perplexity", "lower", 2),
-    "bits_per_byte": ("Bits per byte", "lower", 2),
-    "cut_off": ("Cut off", "lower", 2),
-}
+ITEM_FACTS = "id suite capability type language prompt gold expect held_out twin same_as fact_ids".split()
+ITEM_RESULTS = "answer passed reasons unsupported unsupported_claims".split()
 
 
 def suite_rows(suites: dict[str, pd.DataFrame]) -> list[dict]:
-    """Suite items with base and tuned answers side by side."""
-    base = suites["base"][["id", "answer", "passed"]].rename(columns={"answer": "base_answer", "passed": "base_passed"})
-    joined = suites["tuned"].rename(columns={"answer": "tuned_answer", "passed": "tuned_passed"}).merge(base, on="id")
-    kept = [
-        "id",
-        "suite",
-        "capability",
-        "type",
-        "language",
-        "prompt",
-        "reasons",
-        "base_answer",
-        "tuned_answer",
-        "base_passed",
-        "tuned_passed",
+    """Suite items with base and tuned results side by side; the answer that passes stands as their reference."""
+    joined = suites["tuned"].reindex(columns=ITEM_FACTS).rename(columns={"gold": "reference"})
+    for who in ("base", "tuned"):
+        results = suites[who].set_index("id").reindex(columns=ITEM_RESULTS).dropna(axis=1, how="all")
+        joined = joined.join(results.add_prefix(f"{who}_"), on="id")
+    return joined.to_dict("records")
+
+
+def summary_lines(groups: dict[str, dict], by: str) -> list[dict]:
+    """One line per group and metric: its figures, and the slice `by` that the group belongs to."""
+    return [
+        {"by": by, "group": group, "questions": s["questions"], "clusters": s["clusters"], "metric": name, **s[name]}
+        for group, s in groups.items()
+        for name in METRIC_LABELS
     ]
-    return joined[kept].to_dict("records")
 
 
 def dashboard_data(rated: pd.DataFrame, report: dict, suites: dict[str, pd.DataFrame] | None = None) -> dict:
-    """What the page shows: summary with intervals, metrics, rows, and the suites' items where they ran."""
-    summary = [
-        {"group": group, "questions": scores["questions"], "metric": name, **scores[name]}
-        for group, scores in report["groups"].items()
-        for name in METRIC_LABELS
-    ]
+    """What the page shows: figures with intervals, metrics, rows, the suites where they ran, and which adapter is judged."""
+    summary = summary_lines(report["groups"], "split")
+    for column, values in report["by"].items():
+        flat = {f"{value}, {novelty}": s for value, novelties in values.items() for novelty, s in novelties.items()}
+        summary += summary_lines(flat, column)
+    metrics = {**METRIC_LABELS, **({"unsupported": ("Unsupported claims", "lower", 0)} if suites else {})}
     nano = is_nano(report["config"]["base_model"])
+    figures = suite_scores(suites["base"], suites["tuned"]) if suites else None
     return {
         "title": "Arciva assistant: base beside tuned",
         "generated": report["created"],
+        "adapter": report.get("adapter"),
         "note": "Nano base: this page proves the pipeline, not the assistant." if nano else None,
         "summary": summary,
         "metrics": [
-            {"name": n, "label": label, "better": better, "digits": d}
-            for n, (label, better, d) in METRIC_LABELS.items()
+            {"name": n, "label": label, "better": better, "digits": d} for n, (label, better, d) in metrics.items()
         ],
-        "suites": {"items": suite_rows(suites)} if suites else None,
+        "suites": {"figures": figures, "items": suite_rows(suites)} if suites else None,
         "rows": rated.to_dict("records"),
     }
 
@@ -3121,10 +3866,35 @@ def write_dashboard(
     return rated
 
 
+def show_dashboard(path: str | Path, height: int = 800):
+    """The page at `path` in a frame of the notebook, `height` pixels high: it needs no network, and no other file later.
+
+    The sandbox lets its scripts and downloads work but gives it no origin: it reaches neither the notebook nor its cookies.
+    """
+    from IPython.display import HTML
+
+    if not Path(path).is_file():
+        print(f"no {path}: the page needs the repository's template, tools/dashboard_template.html")
+        return None
+    # In single quotes, for the page's data is full of double ones.
+    quoted = Path(path).read_text(encoding="utf-8").replace("&", "&amp;").replace("'", "&#39;")
+    style = f"width:100%;height:{height}px;border:1px solid #8886;resize:vertical"
+    frame = f"<iframe title='Dashboard' sandbox='allow-scripts allow-downloads' style='{style}' srcdoc='{quoted}'>"
+    return HTML(f"<div>{frame}</iframe></div>")
+
+
 # %% tags=["active-ipynb"]
 # rated = write_dashboard(predictions, report, config.reports_dir, suites=suites)
 # chosen = best_and_worst(rated, "tuned_rouge_l", count=4)
 # show_table(chosen[SHOWN])
+
+# %% [markdown]
+# Run the next cell to have the whole page here, to sort, filter, search and label. A notebook that travels does not carry it: it would
+# make up most of the file, and GitHub removes frames. The committed one shows a picture of it instead; `reports/dashboard.html`, which the
+# run wrote, is the same page to open or to send. Labels given within the notebook last until the cell is run again: export them first.
+
+# %% tags=["active-ipynb"]
+# show_dashboard(Path(config.reports_dir) / "dashboard.html")
 
 # %% [markdown]
 # The worst rephrased answers deserve the time. One about a neighbouring feature: add wordings of the fact it should have found. One
@@ -3385,7 +4155,11 @@ def merge_adapter(config: Config) -> Path:
         model_config = AutoConfig.from_pretrained(base_model, revision=manifest.get("base_revision") or config.revision)
         model_config.dtype = torch.float16
         model_config.save_pretrained(folder)
-        load_tokenizer(config.output_dir).save_pretrained(folder)
+        tokenizer = load_tokenizer(config.output_dir)
+        tokenizer.save_pretrained(folder)
+        # What ends an answer here; a base's own end of text is never written after one.
+        ends = {"eos_token_id": stop_token_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id, "do_sample": False}
+        GenerationConfig(bos_token_id=tokenizer.bos_token_id, **ends).save_pretrained(folder)
         merged = {
             **manifest,
             "merge": {
@@ -3399,16 +4173,22 @@ def merge_adapter(config: Config) -> Path:
     return Path(config.merged_dir)
 
 
+def unverified(config: Config) -> Config:
+    """The same run with its merge in a hidden folder beside `merged_dir`, which it takes over once it is verified."""
+    place = Path(config.merged_dir).absolute()
+    return replace(config, merged_dir=str(place.with_name(f".{place.name}.unverified")))
+
+
 # %% tags=["active-ipynb"]
 # started = time.perf_counter()
-# merged_folder = merge_adapter(config)
+# merged_folder = merge_adapter(unverified(config))
 # print(f"merged in {time.perf_counter() - started:.1f} s")
 # print(*sorted(f"{p.stat().st_size / 2**20:8.2f} MiB  {p}" for p in merged_folder.iterdir()), sep="\n")
 
 # %% [markdown]
-# A merge must be checked. The merged folder is loaded the way a user would, without peft or bitsandbytes, and answers
-# held-out questions beside the live adapter model: the largest difference between their next-token distributions, the share of equal
-# greedy answers, and both perplexities. The figures go into the manifest.
+# A merge must be checked before it replaces an earlier one. The merged folder is loaded the way a user would, without peft or
+# bitsandbytes, and answers held-out questions beside the live adapter model: the largest difference between their next-token
+# distributions, the share of equal greedy answers, and both perplexities. Only then does it get its name, with the figures in its manifest.
 
 
 # %%
@@ -3513,7 +4293,7 @@ Prompts go through the chat template saved here, with the system prompt `{system
 
 {table}
 
-Intervals are 95 % bootstrap intervals over questions. *Rephrased*: the facts were in training, the wording was not. *Unseen*: the facts were not.
+Intervals are 95 % bootstrap intervals over families of facts. *Rephrased*: the facts were in training, the wording was not. *Unseen*: the facts were not.
 
 ## The merge
 
@@ -3523,8 +4303,8 @@ Trained on data with fingerprint `{data}`; every setting and package version sta
 """
 
 
-def write_model_card(config: Config, report: dict | None) -> None:
-    """The Hub card beside the merged weights, written from the manifest and the report."""
+def write_model_card(config: Config, report: dict | None, *, name: str | None = None) -> None:
+    """The Hub card beside the merged weights, written from the manifest and the report; `name` is what the folder will be called."""
     manifest = read_manifest(config.merged_dir)
     checks = manifest.get("verification", {})
     merge = (
@@ -3540,7 +4320,7 @@ def write_model_card(config: Config, report: dict | None) -> None:
         base_model=manifest["base_model"],
         rank=manifest["config"]["rank"],
         nano=nano,
-        folder=Path(config.merged_dir).name,
+        folder=name or Path(config.merged_dir).name,
         system=SYSTEM_PROMPT,
         table=table,
         merge=merge,
@@ -3556,7 +4336,7 @@ def write_model_card(config: Config, report: dict | None) -> None:
 # release_memory()
 
 # %% tags=["active-ipynb"]
-# merged_model, merged_tokenizer = load_merged_model(config, hardware)
+# merged_model, merged_tokenizer = load_merged_model(unverified(config), hardware)
 # verification = compare_models(live, measure_model(merged_model, merged_tokenizer, rows, config, hardware))
 # pd.Series(verification, name="merged against live adapter").to_frame()
 
@@ -3575,16 +4355,33 @@ def markdown_table(report: dict | None) -> str:
     return "\n".join(["| " + " | ".join(frame.columns) + " |", "|" + "---|" * len(frame.columns), *lines])
 
 
-def record_verification(config: Config, verification: dict, report: dict | None) -> None:
-    """Add the comparison and the held-out figures to the merged manifest and write the model card."""
-    manifest = read_manifest(config.merged_dir)
-    manifest |= {"verification": verification, "metrics": report["groups"] if report else None}
-    write_atomic(Path(config.merged_dir) / "manifest.json", json.dumps(manifest, indent=2))
-    write_model_card(config, report)
+def refuse_difference(verification: dict, config: Config) -> None:
+    """End with an error where the merged model is another than the one that was judged.
+
+    Rounding to fp16 moves the mean loss by less than a thousandth; 0.02 nats would be a mistake. Merged into the original weights
+    it is another model on purpose, and only its figures are kept.
+    """
+    before, after = verification["perplexity_adapter"], verification["perplexity_merged"]
+    if config.merge_base == "dequantized" and abs(math.log(after / before)) > 0.02:
+        raise ArcivaError(
+            f"the merged model's perplexity is {after:.3f}, the adapter's {before:.3f}, expected the same; it stays in "
+            f"{unverified(config).merged_dir}, and {config.merged_dir} as it was: ship the adapter with its base instead"
+        )
+
+
+def publish_merged(config: Config, verification: dict, report: dict | None) -> Path:
+    """Give the verified merge its name, with the comparison and the held-out figures in its manifest and on its model card."""
+    refuse_difference(verification, config)
+    candidate = unverified(config)
+    record_in_manifest(candidate.merged_dir, verification=verification, metrics=report["groups"] if report else None)
+    write_model_card(candidate, report, name=Path(config.merged_dir).name)
+    check_replaceable(Path(config.merged_dir))
+    take_place(Path(candidate.merged_dir), Path(config.merged_dir))
+    return Path(config.merged_dir)
 
 
 # %% tags=["active-ipynb"]
-# record_verification(config, verification, report)
+# publish_merged(config, verification, report)
 # print(Path(config.merged_dir, "README.md").read_text(encoding="utf-8")[:700])
 
 # %% [markdown]
@@ -3607,6 +4404,7 @@ def run_pipeline(
     if process_rank()[0] > 0 and "train" not in stages:
         return {}
     hardware, written, model = detect_hardware(), {}, None
+    check_writable(config)
     check_acceptance(config)
     seed_everything(config.seed)
     if {"train", "evaluate", "merge"} & set(stages):
@@ -3630,12 +4428,14 @@ def run_pipeline(
         predictions = predict(model, tokenizer, splits, config, hardware)
         report = build_report(predictions, config)
         save_predictions(predictions, report, config.reports_dir)
+        record_in_manifest(config.output_dir, metrics=report["groups"])
         print(report_table(report).to_string())
         written["report"] = Path(config.reports_dir) / "metrics.json"
         if items := load_suites():
             save_suites(
                 run_suites(model, tokenizer, items, knowledge_vocabulary(examples), config, hardware),
                 config.reports_dir,
+                adapter_fingerprint(config.output_dir),
             )
             written["suites"] = Path(config.reports_dir) / "suites.json"
     if "dashboard" in stages:
@@ -3651,20 +4451,27 @@ def run_pipeline(
         live = measure_model(model, tokenizer, rows, config, hardware)
         del model
         release_memory()
-        written["merged model"] = merge_adapter(config)
-        merged = measure_model(*load_merged_model(config, hardware), rows, config, hardware)
-        record_verification(config, compare_models(live, merged), report_of_adapter(config, missing_ok=True))
+        merge_adapter(unverified(config))
+        merged = measure_model(*load_merged_model(unverified(config), hardware), rows, config, hardware)
+        report = report_of_adapter(config, missing_ok=True)
+        written["merged model"] = publish_merged(config, compare_models(live, merged), report)
     return written
 
 
 # %%
+# safetensors, and torch.save when it can write no more, say in words only that space is wanting.
+NO_SPACE = re.compile(
+    r"\(os error 28\)|PytorchStreamWriter failed writing|inline_container.* unexpected pos|iostream error"
+)
+
+
 def disk_full(error: Exception) -> bool:
-    """Whether a write failed for want of space; safetensors says so in words only."""
-    return getattr(error, "errno", None) == errno.ENOSPC or "(os error 28)" in str(error)
+    """Whether a write failed for want of space."""
+    return getattr(error, "errno", None) == errno.ENOSPC or bool(NO_SPACE.search(str(error)))
 
 
 def run_main(run: Callable[[], dict[str, Path]]) -> int:
-    """Exit code of a script's run: 0 with a summary, 2 after one sentence on what to put right, 143 when interrupted."""
+    """Exit code of a script's run: 0 with a summary, 2 after one sentence on what to put right, 143 or 130 when interrupted."""
     quieten_libraries()
     started = time.perf_counter()
     try:
@@ -3675,16 +4482,19 @@ def run_main(run: Callable[[], dict[str, Path]]) -> int:
     except Interrupted as error:
         print(error, file=sys.stderr)
         return 143
-    except (OSError, SafetensorError) as error:
-        if not disk_full(error):
-            raise
-        print("error: the disk is full; free some space, and the same command goes on", file=sys.stderr)
-        return 2
+    except KeyboardInterrupt:
+        print("stopped by the keyboard; the same command goes on from the last complete checkpoint", file=sys.stderr)
+        return 130
     except torch.cuda.OutOfMemoryError:
         print(
             "error: the GPU ran out of memory; lower micro_batch_pairs or max_length, or set USE_DEBUG_MODEL",
             file=sys.stderr,
         )
+        return 2
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not disk_full(error):
+            raise
+        print("error: the disk is full; free some space, and the same command goes on", file=sys.stderr)
         return 2
     for name, path in written.items():
         print(f"{name:<14}{path}")

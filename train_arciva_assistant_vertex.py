@@ -21,8 +21,10 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +36,7 @@ from pathlib import Path
 
 CHUNK_BYTES = 16 << 20  # of a resumable upload; a failed chunk is sent again, not the file
 RETRY_SECONDS, RETRY_DELAY = 300.0, 1.0  # transient bucket errors: for how long, and the first wait, which doubles
+FATAL_SECONDS = 10.0  # that a failed process gives the first one to say why; torchrun kills after 30
 MARKER, FATAL, RESULT = "UPLOADED.json", "FATAL.json", "COMPLETE.json"
 CLOUD_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 RESULT_FOLDERS = {"output_dir": "model_output", "merged_dir": "final_merged_model", "reports_dir": "reports"}
@@ -89,6 +92,12 @@ def passing(error: Exception) -> bool:
     return getattr(error, "retryable", False) or isinstance(error.__cause__ or error, TransportError)
 
 
+def lost_session(error: Exception) -> bool:
+    """Whether only a resumable upload's own address is gone; a missing bucket is already told by the first request."""
+    request = getattr(getattr(error, "response", None), "request", None)
+    return error.code in (404, 410) and getattr(request, "method", None) == "PUT"
+
+
 class Bucket:
     """A place below gs://bucket/prefix."""
 
@@ -134,6 +143,8 @@ class Bucket:
             raise kind(
                 f"bucket {self.bucket}: cannot {action}: {error}; check the account that this runs as"
             ) from error
+        except api.GoogleAPICallError as error:  # an answer that the client has no class for
+            raise Unavailable(f"bucket {self.bucket}: cannot {action}: {error}") from error
 
     def files(self) -> dict[str, str]:
         """Checksum of everything below, by name; the bucket must exist."""
@@ -173,9 +184,19 @@ class Bucket:
 
     def upload(self, file: Path, name: str) -> None:
         """One file into the bucket, in resumable chunks where it is large, compared by checksum afterwards."""
+        from google.api_core.exceptions import GoogleAPICallError
+
         with self.naming(f"write {self.at(name)}"):
             blob = self.blob(name, chunk_size=CHUNK_BYTES)
-            blob.upload_from_filename(str(file), checksum="crc32c", retry=patience())
+            for last in (False, False, True):
+                try:
+                    blob.upload_from_filename(str(file), checksum="crc32c", retry=patience())
+                    break
+                except GoogleAPICallError as error:
+                    if not lost_session(error):
+                        raise
+                    if last:
+                        raise Unavailable(f"{self.at(name)}: the upload's session was lost three times") from error
         if blob.crc32c != checksum(file):
             raise Unavailable(f"{self.at(name)} was stored with checksum {blob.crc32c}, expected {checksum(file)}")
 
@@ -306,6 +327,11 @@ def step_of(checkpoint: str) -> int:
     return int(checkpoint.rpartition("-")[2])
 
 
+def below(stored: Mapping[str, str], folder: str) -> dict[str, str]:
+    """The part of a listing that lies in one folder, by names within it."""
+    return {n.removeprefix(f"{folder}/"): c for n, c in stored.items() if n.startswith(f"{folder}/")}
+
+
 def whole_checkpoints(place: Place) -> dict[str, dict[str, dict]]:
     """Markers of all checkpoints that were uploaded to their end: run → checkpoint → marker, the oldest first."""
     stored, found = place.files(), {}
@@ -313,9 +339,7 @@ def whole_checkpoints(place: Place) -> dict[str, dict[str, dict]]:
         match = re.fullmatch(rf"([^/]+)/(checkpoint-\d+)/{MARKER}", name)
         if not match:
             continue
-        start = f"{match[1]}/{match[2]}/"
-        below = {n.removeprefix(start): c for n, c in stored.items() if n.startswith(start)}
-        if marker := uploaded(place.at(match[1], match[2]), below):
+        if marker := uploaded(place.at(match[1], match[2]), below(stored, f"{match[1]}/{match[2]}")):
             found.setdefault(match[1], {})[match[2]] = marker
     return {run: dict(sorted(c.items(), key=lambda item: step_of(item[0]))) for run, c in found.items()}
 
@@ -347,15 +371,17 @@ def fetch_checkpoint(place: Place, marker: dict, folder: Path) -> None:
 
 
 def prune_checkpoints(place: Place, best: str, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints of one run and the best; only on the explicit flag.
+    """Delete all but the newest `keep` whole checkpoints of one run and the best; only on the explicit flag.
 
-    The marker goes first, so that what is half deleted is never taken for whole.
+    What is newer than those stays, whole or not. The marker goes first, so that what is half deleted is never taken for whole.
     """
     stored = place.files()
     names = sorted({name.split("/")[0] for name in stored if name.startswith("checkpoint-")}, key=step_of)
-    for checkpoint in set(names[:-keep]) - {best}:
-        for name in sorted((n for n in stored if n.startswith(f"{checkpoint}/")), key=lambda n: not n.endswith(MARKER)):
-            place.delete(name)
+    whole = [name for name in names if uploaded(place.at(name), below(stored, name))]
+    for checkpoint in names[: names.index(whole[-keep:][0])] if whole else []:
+        if checkpoint != best:
+            for name in sorted(below(stored, checkpoint), key=lambda n: n != MARKER):
+                place.at(checkpoint).delete(name)
 
 
 def mirror_callback(checkpoints: Place, logs: Place | None, log_folder: Path, keep: int):
@@ -365,6 +391,12 @@ def mirror_callback(checkpoints: Place, logs: Place | None, log_folder: Path, ke
     class Mirror(TrainerCallback):
         def __init__(self):
             self.sent_at, self.sent = time.monotonic(), {}
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            if (
+                state.global_step
+            ):  # an upload that was cut short would wait for the next save, and then cost two intervals
+                self.on_save(args, state, control)
 
         def on_save(self, args, state, control, **kwargs):
             if not state.is_world_process_zero:
@@ -402,14 +434,13 @@ def mirror_callback(checkpoints: Place, logs: Place | None, log_folder: Path, ke
 
 def data_sources(flag: str | None, env: Mapping[str, str]) -> list[str]:
     """Addresses of the training data, by precedence: the flag, the bucket variables, the platform's; or none."""
-    if flag:
-        return [part.strip() for part in flag.split(",") if part.strip()]
-    bucket, blob = env.get("GCS_BUCKET_NAME"), env.get("GCS_BLOB_NAME")
+    bucket, blob = (None, None) if flag else (env.get("GCS_BUCKET_NAME"), env.get("GCS_BLOB_NAME"))
     if bool(bucket) != bool(blob):
         raise JobError("GCS_BUCKET_NAME and GCS_BLOB_NAME belong together; set both, or give --data")
     if bucket:
         return [f"gs://{bucket.removeprefix('gs://').strip('/')}/{blob}"]
-    return [env["AIP_TRAINING_DATA_URI"]] if env.get("AIP_TRAINING_DATA_URI") else []
+    named = flag or env.get("AIP_TRAINING_DATA_URI") or ""
+    return [part.strip() for part in named.split(",") if part.strip()]
 
 
 def expand(source: str) -> list[tuple[Place, str]]:
@@ -470,10 +501,17 @@ def fetch_folder(address: str, folder: Path, needed: str) -> str:
 
 def read_secret(name: str) -> str:
     """The newest version of a secret, by `projects/P/secrets/S` or, within the job's project, by S alone."""
+    from google.api_core.exceptions import ClientError, GoogleAPIError, TooManyRequests, from_http_response
     from google.auth import default
     from google.auth.credentials import AnonymousCredentials
     from google.auth.exceptions import GoogleAuthError
     from google.auth.transport.requests import AuthorizedSession
+
+    def ask(address: str, credentials):
+        answer = AuthorizedSession(credentials).get(address, timeout=30)
+        if not answer.ok:
+            raise from_http_response(answer)
+        return answer.json()["payload"]["data"]
 
     override = os.environ.get("CLOUDSDK_API_ENDPOINT_OVERRIDES_SECRETMANAGER")  # gcloud's own name for it
     try:
@@ -482,14 +520,16 @@ def read_secret(name: str) -> str:
         path = name if name.startswith("projects/") else f"projects/{project}/secrets/{name}"
         path += "" if "/versions/" in path else "/versions/latest"
         address = f"{(override or 'https://secretmanager.googleapis.com/').rstrip('/')}/v1/{path}:access"
-        answer = AuthorizedSession(credentials).get(address, timeout=30)
+        return base64.b64decode(patience()(ask)(address, credentials)).decode().strip()
     except GoogleAuthError as error:
         kind = Unavailable if passing(error) else JobError
         raise kind(f"secret {name}: {error}; give the job a service account that may read it") from error
-    if answer.status_code in (400, 403, 404):
-        raise JobError(f"secret {path}: {answer.status_code}; create it, and grant roles/secretmanager.secretAccessor")
-    answer.raise_for_status()
-    return base64.b64decode(answer.json()["payload"]["data"]).decode().strip()
+    except GoogleAPIError as error:
+        if isinstance(error, ClientError) and not isinstance(error, TooManyRequests):
+            raise JobError(
+                f"secret {path}: {error.code.value}; create it, and grant roles/secretmanager.secretAccessor"
+            ) from error
+        raise Unavailable(f"secret {path}: {error}") from error
 
 
 # --- Inside a job -----------------------------------------------------------------------------------------------------
@@ -539,6 +579,8 @@ def parse_job(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict]:
     folders = sorted(name for name in given if name.endswith("_dir"))
     if folders:
         raise JobError(f"{', '.join(folders)}: a job chooses its local folders; say with --output where results go")
+    if options.keep_checkpoints < 0:
+        raise JobError(f"--keep-checkpoints is {options.keep_checkpoints}, expected 0 (all) or a number above")
     return options, given
 
 
@@ -564,8 +606,11 @@ def job_key(arguments: Sequence[str]) -> str:
 
 
 def earlier_end(output: Place, key: str) -> int | None:
-    """Exit code of this very job if it has ended for good before, with the reason printed."""
-    fatal = json.loads(output.read(FATAL) or "{}")
+    """Exit code of this very job if it has ended for good before, with the reason printed.
+
+    Only the platform replays a failed job. Elsewhere the same command is a new try, whose data may have been mended.
+    """
+    fatal = json.loads(output.read(FATAL) or "{}") if "CLOUD_ML_JOB_ID" in os.environ else {}
     if fatal.get("job") == key:
         print(
             f"error: {fatal['reason']}\n(a replay: {output.at(FATAL)} says so; mend it and submit anew)",
@@ -573,7 +618,7 @@ def earlier_end(output: Place, key: str) -> int | None:
         )
         return 2
     if json.loads(output.read(RESULT) or "{}").get("job") == key:
-        print(f"this job is complete: {output}")
+        print(f"this job is complete: {output}; give another --output to train again")
         return 0
     return None
 
@@ -597,12 +642,21 @@ def first_on_this_machine() -> Iterator[None]:
 
 
 def leave_fatal(output: Place, key: str, reason: str) -> None:
-    """Keep the reason where replays of this job find it; a bucket that refuses even that is only reported."""
-    if is_first_process():
-        try:
+    """Keep the reason where replays of this job find it; a bucket that refuses even that is only reported.
+
+    torchrun stops all processes once one has ended. So nothing stops the writing, and others let the first one write before.
+    """
+    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    until = time.monotonic() + (0.0 if is_first_process() else FATAL_SECONDS)
+    try:
+        while time.monotonic() < until and json.loads(output.read(FATAL) or "{}").get("job") != key:
+            time.sleep(0.2)
+        if is_first_process() or time.monotonic() >= until:
             output.write(FATAL, json.dumps({"job": key, "reason": reason}, indent=1))
-        except (JobError, Unavailable, OSError) as error:
-            print(f"{FATAL} could not be left: {error}", file=sys.stderr)
+    except (JobError, Unavailable, OSError) as error:
+        print(f"{FATAL} could not be left: {error}", file=sys.stderr)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def torchrun_command(cluster: dict, gpus: int, arguments: Sequence[str]) -> list[str] | None:
@@ -626,28 +680,29 @@ def torchrun_command(cluster: dict, gpus: int, arguments: Sequence[str]) -> list
     return [sys.executable, "-m", "torch.distributed.run", *flags, str(Path(__file__).resolve()), *arguments]
 
 
+def processes_asked(env: Mapping[str, str]) -> int | None:
+    """Processes per machine that NPROC_PER_NODE asks for, None where it does not."""
+    text = env.get("NPROC_PER_NODE")
+    if text and not re.fullmatch(r"[1-9]\d*", text):
+        raise JobError(f"NPROC_PER_NODE is {text!r}, expected a number above 0")
+    return int(text) if text else None
+
+
 def launch_cluster(arguments: Sequence[str]) -> None:
     """Become torchrun where there are several GPUs or machines and it has not started us already."""
-    gpus = int(os.environ.get("NPROC_PER_NODE") or len(glob.glob("/dev/nvidia[0-9]*")))
-    command = torchrun_command(json.loads(os.environ.get("CLUSTER_SPEC") or "{}"), gpus, arguments)
+    processes = processes_asked(os.environ) or len(glob.glob("/dev/nvidia[0-9]*"))
+    command = torchrun_command(json.loads(os.environ.get("CLUSTER_SPEC") or "{}"), processes, arguments)
     if command and "RANK" not in os.environ:
-        print(*command, flush=True)
+        parse_job(arguments)  # a wrong flag is told once, before many processes start
+        print(shlex.join(command), flush=True)
         os.execv(command[0], command)
 
 
-def run_job(arguments: Sequence[str], output: Place, key: str) -> dict[str, object]:
-    """The pipeline between a download and an upload: the notebook's stages, with their files brought from and to `output`."""
-    options, settings = parse_job(arguments)
-    work = Path(options.work or Path(tempfile.gettempdir()) / "arciva-job")
-    result = json.loads(output.read(RESULT) or "null")
-    if result and "train" in options.stages:
-        raise JobError(
-            f"{output} holds the result of job {result['job']}; nothing is overwritten, choose another --output"
-        )
+def configure_job(options: argparse.Namespace, settings: dict, work: Path, key: str):
+    """The notebook's Config for a job: what lies in a bucket is fetched to `work`, and results are written below it."""
     if options.hub_token_secret:
         os.environ["HF_TOKEN"] = read_secret(options.hub_token_secret)
-    logs = options.logs or os.environ.get("AIP_TENSORBOARD_LOG_DIR")
-    if logs:
+    if options.logs:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(work / "logs")
         settings.setdefault("report_to", "tensorboard")
     with first_on_this_machine():
@@ -659,25 +714,47 @@ def run_job(arguments: Sequence[str], output: Place, key: str) -> dict[str, obje
     import arciva_assistant_poc as arciva
 
     folders = {name: str(work / key / folder) for name, folder in RESULT_FOLDERS.items()}
-    checkpoint_dir = work / "checkpoints"
     hardware = arciva.detect_hardware()
-    config, reason = arciva.configure(hardware, **settings, **folders, checkpoint_dir=str(checkpoint_dir))
+    config, reason = arciva.configure(hardware, **settings, **folders, checkpoint_dir=str(work / "checkpoints"))
     if arciva.is_nano(config.base_model) and hardware.device == "cuda" and settings.get("base_model", "auto") == "auto":
         raise Unavailable(reason)  # a notebook goes on with the nano base; a paid job waits for the hub
     print(f"base model    {reason}", flush=True)
+    return config
+
+
+def train_stage(options: argparse.Namespace, config, work: Path, output: Place) -> dict[str, object]:
+    """The notebook's training, with checkpoints brought from and to the bucket."""
+    import arciva_assistant_poc as arciva
+
+    address = options.checkpoints or os.environ.get("AIP_CHECKPOINT_DIR") or str(output.at("checkpoints"))
+    if config.resume == "auto":
+        with first_on_this_machine():
+            restore_checkpoints(place_of(address), Path(config.checkpoint_dir))
+    logs = options.logs and place_of(options.logs)
+    mirror = mirror_callback(place_of(address), logs, work / "logs", options.keep_checkpoints)
+    return arciva.run_pipeline(config, ["train"], callbacks=[mirror])
+
+
+def run_job(arguments: Sequence[str], output: Place, key: str) -> dict[str, object]:
+    """The pipeline between a download and an upload: the notebook's stages, with their files brought from and to `output`."""
+    options, settings = parse_job(arguments)
+    options.logs = options.logs or os.environ.get("AIP_TENSORBOARD_LOG_DIR")
+    work = Path(options.work or Path(tempfile.gettempdir()) / "arciva-job")
+    result = json.loads(output.read(RESULT) or "null")
+    if result and "train" in options.stages:
+        raise JobError(
+            f"{output} holds the result of job {result['job']}; nothing is overwritten, choose another --output"
+        )
+    config = configure_job(options, settings, work, key)
+
+    import arciva_assistant_poc as arciva
+
     written, trained = {}, uploaded(output.at(RESULT_FOLDERS["output_dir"]))
     if trained and (trained.get("job") == key or "train" not in options.stages):
         with first_on_this_machine():
             fetch_results(output, config)
     if "train" in options.stages and not (trained and trained.get("job") == key):
-        checkpoints = place_of(
-            options.checkpoints or os.environ.get("AIP_CHECKPOINT_DIR") or str(output.at("checkpoints"))
-        )
-        if config.resume == "auto":
-            with first_on_this_machine():
-                restore_checkpoints(checkpoints, checkpoint_dir)
-        mirror = mirror_callback(checkpoints, logs and place_of(logs), work / "logs", options.keep_checkpoints)
-        written |= arciva.run_pipeline(config, ["train"], callbacks=[mirror])
+        written |= train_stage(options, config, work, output)
         publish_results(output, config, key)  # from here on a restart goes on behind the training
     if later := [stage for stage in options.stages if stage != "train"]:
         try:
@@ -706,9 +783,8 @@ def fetch_results(output: Place, config) -> None:
 
 def job_main(arguments: Sequence[str]) -> int:
     """Exit code of a job; see the top of this file."""
-    signal.signal(
-        signal.SIGTERM, lambda *_: os._exit(143)
-    )  # outside training nothing is lost; as process 1 it would be ignored
+    # Outside training nothing is lost; as process 1 it would be ignored.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
     try:
         output, key = output_place(arguments), job_key(arguments)
         ended = earlier_end(output, key)
@@ -717,8 +793,17 @@ def job_main(arguments: Sequence[str]) -> int:
         return 2 if isinstance(error, JobError) else 1
     if ended is not None:
         return ended
-    launch_cluster(arguments)
+    try:
+        launch_cluster(arguments)
+    except JobError as error:
+        print(f"error: {error}", file=sys.stderr)
+        leave_fatal(output, key, str(error))
+        return 2
+    return run_and_explain(arguments, output, key)
 
+
+def run_and_explain(arguments: Sequence[str], output: Place, key: str) -> int:
+    """Exit code of the pipeline; where a start would only fail again, the reason is left for replays."""
     import arciva_assistant_poc as arciva
 
     reasons = []
@@ -762,8 +847,26 @@ BUILT_IN_GPUS = {
     **{f"a2-ultragpu-{n}g": ("NVIDIA_A100_80GB", n) for n in (1, 2, 4, 8)},
     **{f"a3-highgpu-{n}g": ("NVIDIA_H100_80GB", n) for n in (1, 2, 4, 8)},
 }
-CPU_MACHINES = re.compile(r"(n1|n2|e2|c2)-(standard|highmem|highcpu)-\d+")
-SECRET_NAME = re.compile(r"TOKEN(?!IZER)|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
+CPU_MACHINES = {
+    f"{kind}-{cpus}"
+    for kind, counts in {
+        "n1-standard": (1, 2, 4, 8, 16, 32, 64, 96),
+        "n1-highmem": (2, 4, 8, 16, 32, 64, 96),
+        "n1-highcpu": (2, 4, 8, 16, 32, 64, 96),
+        "n2-standard": (2, 4, 8, 16, 32, 48, 64, 80, 96, 128),
+        "n2-highmem": (2, 4, 8, 16, 32, 48, 64, 80, 96, 128),
+        "n2-highcpu": (2, 4, 8, 16, 32, 48, 64, 80, 96),
+        "e2-standard": (2, 4, 8, 16, 32),
+        "e2-highmem": (2, 4, 8, 16),
+        "e2-highcpu": (2, 4, 8, 16, 32),
+        "c2-standard": (4, 8, 16, 30, 60),
+    }.items()
+    for cpus in counts
+}  # that Compute Engine has; https://cloud.google.com/compute/docs/general-purpose-machines
+SECRET_NAME = re.compile(r"TOKEN(?!IZER)|SECRET|PASSW|API_?KEY|PRIVATE_?KEY|ACCESS_?KEY|CREDENTIAL", re.IGNORECASE)
+SECRET_VALUE = re.compile(
+    r"^(hf_|ghp_|github_pat_|sk-|AIza)|://[^/@\s]+:[^/@\s]+@|X-Goog-Signature=|BEGIN [A-Z ]*PRIVATE KEY"
+)
 
 
 def machine_spec(machine: str, accelerator: str | None, count: int | None) -> dict:
@@ -775,9 +878,10 @@ def machine_spec(machine: str, accelerator: str | None, count: int | None) -> di
                 f"{machine} carries {number} x {kind}, got {count or number} x {accelerator or kind}; leave both out"
             )
         return {"machineType": machine, "acceleratorType": kind, "acceleratorCount": number}
-    if not CPU_MACHINES.fullmatch(machine):
+    if machine not in CPU_MACHINES:
         raise JobError(
             f"unknown machine {machine!r}; expected one of {', '.join(BUILT_IN_GPUS)}, or an n1, n2, e2 or c2 machine"
+            " with as many CPUs as it comes with, such as n1-standard-8"
         )
     if accelerator is None:
         return {"machineType": machine}
@@ -812,9 +916,9 @@ def named_values(pairs: Sequence[str], flag: str) -> dict[str, str]:
         name, sign, value = pair.partition("=")
         if not sign or not name:
             raise JobError(f"{flag} {pair!r}: expected NAME=VALUE")
-        if flag == "--env" and (SECRET_NAME.search(name) or value.startswith("hf_")):
+        if SECRET_VALUE.search(value) or (flag == "--env" and SECRET_NAME.search(name)):
             raise JobError(
-                f"--env {name}: looks like a secret; put it into Secret Manager and give --hub-token-secret its name"
+                f"{flag} {name}: looks like a secret; put it into Secret Manager and give --hub-token-secret its name"
             )
         if flag == "--label" and not (
             re.fullmatch(r"[a-z][a-z0-9_-]{0,62}", name) and re.fullmatch(r"[a-z0-9_-]{0,63}", value)
@@ -855,7 +959,9 @@ def submit_parser() -> argparse.ArgumentParser:
         "--base-output-dir", help="default <staging bucket>/<display name>; an earlier job's goes on from it"
     )
     parser.add_argument(
-        "--follow", action="store_true", help="wait for the end; without it the command returns at once"
+        "--follow",
+        action="store_true",
+        help="show the log and wait for the end; without it the command returns at once",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the job as YAML for gcloud, submit nothing")
     return parser
@@ -898,9 +1004,14 @@ def as_yaml(spec: dict, options: argparse.Namespace) -> str:
             return True
 
     labels = ",".join(f"{n}={v}" for n, v in named_values(options.label, "--label").items())
-    command = f"gcloud ai custom-jobs create --project={options.project} --region={options.region}"
-    command += f" --display-name={options.display_name}" + (f" --labels={labels}" if labels else "")
-    return f"# {command} --config=job.yaml\n" + yaml.dump(spec, Dumper=Plain, sort_keys=False, width=120)
+    command = [*gcloud("create", options), f"--display-name={options.display_name}", "--config=job.yaml"]
+    command += [f"--labels={labels}"] if labels else []
+    return f"# {shlex.join(command)}\n" + yaml.dump(spec, Dumper=Plain, sort_keys=False, width=120)
+
+
+def gcloud(action: str, options: argparse.Namespace) -> list[str]:
+    """gcloud's call for an action on custom jobs, or on one: `cancel 4711`."""
+    return [*f"gcloud ai custom-jobs {action}".split(), f"--project={options.project}", f"--region={options.region}"]
 
 
 def prepare_data(options: argparse.Namespace, arguments: list[str]) -> list[str]:
@@ -908,13 +1019,14 @@ def prepare_data(options: argparse.Namespace, arguments: list[str]) -> list[str]
     import arciva_assistant_poc as arciva
 
     _, settings = parse_job(arguments)
+    environment = named_values(options.env, "--env")
     gpus = machine_spec(options.machine, options.accelerator, options.accelerator_count).get("acceleratorCount", 1)
-    arciva.check_config(arciva.Config(**settings), processes=options.replicas * gpus)
+    arciva.check_config(arciva.Config(**settings), processes=options.replicas * (processes_asked(environment) or gpus))
     for name in FOLDER_SETTINGS.keys() & settings.keys():
         folder = Path(settings[name])
         if folder.exists() and not folder.resolve().is_relative_to(Path(__file__).resolve().parent / "data"):
             raise JobError(f"--{name} {folder} lies on this machine; copy it to the bucket and give its gs:// address")
-    sources = data_sources(settings.get("data"), named_values(options.env, "--env"))
+    sources = data_sources(settings.get("data"), environment)
     with tempfile.TemporaryDirectory() as folder:
         paths = fetch_data(sources, Path(folder)) if sources else arciva.Config().data
         examples, _ = arciva.load_examples(paths)
@@ -949,8 +1061,8 @@ def replace_flag(arguments: Sequence[str], flag: str, value: str) -> list[str]:
     return [*kept, f"{flag}={value}"]
 
 
-def submit_job(spec: dict, options: argparse.Namespace) -> None:
-    """Hand the spec to the platform by its SDK; with --follow, stay until the job ends."""
+def submit_job(spec: dict, options: argparse.Namespace) -> int:
+    """Hand the spec to the platform by its SDK; with --follow, stay until the job ends. Returns the exit code."""
     from google.api_core.exceptions import GoogleAPICallError
     from google.auth.credentials import AnonymousCredentials
     from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
@@ -984,25 +1096,56 @@ def submit_job(spec: dict, options: argparse.Namespace) -> None:
         raise JobError(f"project {options.project}, region {options.region} refuse the job: {error}") from error
     number = job.resource_name.rpartition("/")[2]
     print(f"submitted     {job.resource_name}\nresults       {options.base_output_dir.rstrip('/')}/model")
-    print(
-        f"logs          gcloud ai custom-jobs stream-logs {number} --project={options.project} --region={options.region}"
-    )
-    if options.follow:
-        follow(job)
+    print(f"logs          {shlex.join(gcloud(f'stream-logs {number}', options))}", flush=True)
+    return follow(job, options) if options.follow else 0
 
 
-def follow(job) -> None:
-    """Print each new state of a job until it ends; anything but success is an error. A poll that fails is repeated."""
-    from google.api_core.exceptions import GoogleAPICallError
+def follow(job, options: argparse.Namespace) -> int:
+    """Stay until a job ends, with its states and its log; the user may stop looking, which leaves the job alone."""
+    number = job.resource_name.rpartition("/")[2]
+    try:
+        with streamed(gcloud(f"stream-logs {number}", options)):
+            wait_for_end(job)
+    except KeyboardInterrupt:
+        cancel = shlex.join(gcloud(f"cancel {number}", options))
+        print(f"no longer followed; the job goes on. To end it: {cancel}", file=sys.stderr)
+        return 130
+    return 0
+
+
+@contextlib.contextmanager
+def streamed(command: Sequence[str]) -> Iterator[None]:
+    """Let gcloud print a job's log meanwhile, where it is installed; it has a moment for the last lines."""
+    stream, moment = subprocess.Popen(command) if shutil.which(command[0]) else None, POLL_SECONDS
+    try:
+        yield
+    except KeyboardInterrupt:
+        moment = 0.0
+        raise
+    finally:
+        if stream:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                stream.wait(moment)
+            stream.terminate()
+            stream.wait()
+
+
+def wait_for_end(job) -> None:
+    """Print each new state of a job until it ends; anything but success is an error. A poll that may pass is repeated."""
+    from google.api_core.exceptions import ClientError, GoogleAPIError, TooManyRequests
+    from google.auth.exceptions import GoogleAuthError
 
     state = None
     while True:
         try:
             found = job.state.name
-        except GoogleAPICallError as error:
+        except (GoogleAPIError, GoogleAuthError) as error:
+            refused = isinstance(error, ClientError) and not isinstance(error, TooManyRequests)
+            if refused or (isinstance(error, GoogleAuthError) and not passing(error)):
+                raise JobError(f"cannot ask for the job's state: {error}; the job goes on") from error
             print(f"{time.strftime('%H:%M:%S')}      no answer, asking again: {error}", file=sys.stderr, flush=True)
             found = state
-        if found != state:
+        if found and found != state:
             state = found
             print(f"{time.strftime('%H:%M:%S')}      {state.removeprefix('JOB_STATE_').lower()}", flush=True)
         if state == "JOB_STATE_SUCCEEDED":
@@ -1018,7 +1161,7 @@ POLL_SECONDS = 20.0
 
 
 def submit_main(arguments: Sequence[str]) -> int:
-    """Exit code of a submission: 0, or 2 after one sentence on what to put right."""
+    """Exit code of a submission: 0, 2 after one sentence on what to put right, 130 when the user stopped following."""
     try:
         options, job_arguments = submit_parser().parse_known_args(list(arguments))
         if not options.staging_bucket.startswith("gs://"):
@@ -1030,10 +1173,9 @@ def submit_main(arguments: Sequence[str]) -> int:
         named_values(options.label, "--label")  # cheap mistakes first, before the data is read
         build_job_spec(options, job_arguments)
         spec = build_job_spec(options, check_job(options, job_arguments))
-        if options.dry_run:
-            print(as_yaml(spec, options), end="")
-        else:
-            submit_job(spec, options)
+        if not options.dry_run:
+            return submit_job(spec, options)
+        print(as_yaml(spec, options), end="")
     except (JobError, Unavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -1044,10 +1186,9 @@ def check_job(options: argparse.Namespace, arguments: list[str]) -> list[str]:
     """`prepare_data`, with the notebook's errors told as ours."""
     import arciva_assistant_poc as arciva
 
-    secrets = [a for a in arguments if a.startswith("hf_") or "=hf_" in a]
-    if secrets:
+    if any(SECRET_VALUE.search(part) for a in arguments for part in (a, a.partition("=")[2])):
         raise JobError(
-            "a hub token is among the flags; put it into Secret Manager and give --hub-token-secret its name"
+            "among the flags is what looks like a secret, such as a hub token; put it into Secret Manager and give --hub-token-secret its name"
         )
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is the job's YAML alone

@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import hashlib
 import importlib.metadata
 import json
+import math
 import platform
 import re
 import statistics
@@ -27,10 +29,16 @@ import arciva_assistant_poc as arciva
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def run_child(script: Path, arguments: Sequence[str]) -> dict:
-    """The JSON object that `python script *arguments` prints last; what it prints before is shown when it fails."""
+def run_child(script: Path, arguments: Sequence[str], timeout: float | None = None) -> dict:
+    """The JSON object that `python script *arguments` prints last; what it prints before is shown when it fails.
+
+    `timeout` in seconds; a child that takes longer is ended and is an `ArcivaError`.
+    """
     command = [sys.executable, str(script), *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=timeout)
+    except subprocess.TimeoutExpired as error:
+        raise arciva.ArcivaError(f"{' '.join(command[1:])} was ended after {timeout:.0f} s") from error
     if done.returncode == 2:  # one sentence that says what to put right
         raise arciva.ArcivaError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
     if done.returncode:
@@ -106,6 +114,20 @@ def ratios(ours: Sequence[float], peer: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(ours, peer, strict=True)]
 
 
+def not_learned(before: float, after: float, norms: Sequence[float]) -> str | None:
+    """Why a training run does not count as one, None for a run that learned; losses in nats per token."""
+    finite = [norm for norm in norms if math.isfinite(norm)]  # a loss scaler skips its first steps, which overflow
+    if not finite or min(finite) <= 0:
+        return f"gradient norm {min(finite, default=math.nan):.3g}"
+    return None if after < before else f"loss {before:.3g} → {after:.3g}"
+
+
+def verdict(goal: str, value: float, bound: float, *, at_most: bool = False) -> str:
+    """One line: the goal, what was measured, and whether it is met."""
+    met = value <= bound if at_most else value >= bound
+    return f"goal {goal} {'≤' if at_most else '≥'} {figure(bound)}: {figure(value)}, {'met' if met else 'MISSED'}"
+
+
 def table(rows: Sequence[dict]) -> str:
     """Rows as a Markdown table whose columns line up as plain text too."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
@@ -116,11 +138,31 @@ def table(rows: Sequence[dict]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
+def commit() -> str:
+    """The commit that ran, `-dirty` where tracked files other than results differ from it, `unknown` outside a clone."""
+    found = []
+    for asked in ("rev-parse --short HEAD", "status --porcelain --untracked-files=no -- . :!benchmarks/results"):
+        try:
+            done = subprocess.run(["git", *asked.split()], cwd=ROOT, capture_output=True, text=True, check=False)
+        except OSError:  # no git
+            return "unknown"
+        found.append(done.stdout.strip())
+    return (found[0] + ("-dirty" if found[1] else "")) or "unknown"
+
+
+def data_fingerprints() -> dict[str, str]:
+    """Hash of each corpus and of the embedded base, by name."""
+    files = [ROOT / "data" / f"arciva_qa_{name}.jsonl" for name in ("synthetic", "extended")]
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in files if path.exists()}
+    return found | {"nano_base": arciva.base_fingerprint(str(ROOT / "data/nano_base"))}
+
+
 def environment() -> dict:
-    """Device, threads, Python and package versions that the figures belong to."""
+    """Device, threads, Python, package versions, commit and data that the figures belong to."""
     hardware, versions = arciva.detect_hardware(), arciva.package_versions()
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        versions["trl"] = importlib.metadata.version("trl")
+    for name in ("trl", "liger-kernel", "flash-attn", "triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     info = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", info.read_text(encoding="utf-8")) if info.exists() else None
     return {
@@ -130,6 +172,8 @@ def environment() -> dict:
         "format": str(hardware.dtype).removeprefix("torch."),
         "python": platform.python_version(),
         "versions": versions,
+        "commit": commit(),
+        "data": data_fingerprints(),
     }
 
 
@@ -138,7 +182,7 @@ def describe(environment: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     return (
         f"{environment['device']} ({environment['processor']}), {environment['memory_gib']} GiB, {environment['format']}\n"
-        f"Python {environment['python']}, {versions}"
+        f"Python {environment['python']}, {versions}, commit {environment['commit']}"
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -125,7 +126,20 @@ def parent(options: argparse.Namespace) -> Path:
             common.run_child(script, ["--variant", size, "--make", *given])
         results = common.interleave(script, flags, 1 if options.quick else options.repeats)
     print(common.describe(common.environment()), common.table([line(found) for found in results.values()]), sep="\n\n")
+    print("", *verdicts(results[str(sizes[-1])]), sep="\n")
     return common.save("data", {"results": results}, options.out)
+
+
+def verdicts(found: list[dict]) -> list[str]:
+    """How the goals for 100,000 rows stand, at the largest size."""
+    seconds, peak = (statistics.median(r[key] for r in found) for key in ("seconds", "peak_gib"))
+    if found[0]["rows"] < 100_000:
+        return ["the goals are for 100,000 rows: undecided"]
+    rows = f"{found[0]['rows']:,} rows"
+    return [
+        common.verdict(f"seconds for {rows}", seconds, 60, at_most=True),
+        common.verdict(f"GiB for {rows}", peak, 1, at_most=True),
+    ]
 
 
 def line(found: list[dict]) -> dict:

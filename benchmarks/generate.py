@@ -11,6 +11,7 @@ printed, and where one is not, both with the place at which they part. Goal: 15 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import tempfile
 import time
@@ -103,6 +104,9 @@ def parent(options: argparse.Namespace) -> Path:
     print(common.describe(common.environment()), f"adapter: {training}", sep="\n")
     print(f"\n{common.table([line(name, results) for name in VARIANTS])}\n")
     print("\n".join(differences(results)) or "every answer of every round is equal")
+    seconds = {name: [r["seconds"] for r in results[name]] for name in ("one-at-a-time", "ours")}
+    ratio = statistics.median(common.ratios(seconds["one-at-a-time"], seconds["ours"]))
+    print(common.verdict("answers/s beside one at a time", ratio, 15))
     payload = {"questions": questions, "adapter": training, "results": results}
     return common.save("generate", payload, options.out)
 

@@ -21,6 +21,7 @@ import logging
 import math
 import os
 import shutil
+import statistics
 import sys
 import tempfile
 import threading
@@ -312,6 +313,19 @@ def line(name: str, results: dict[str, list[dict]]) -> dict:
     }
 
 
+def verdicts(found: dict) -> list[str]:
+    """How the goals stand: for each merge base its time beside peft's, which merges into the original, and for a 7B shape its memory."""
+    lines, results = [], found["results"]
+    for name in (DEQUANTIZED, ORIGINAL):
+        if PEFT in results:
+            ratio = common.ratios(*([r["seconds"] for r in results[which]] for which in (name, PEFT)))
+            lines.append(common.verdict(f"seconds of {name} beside peft's", statistics.median(ratio), 1, at_most=True))
+        if found["shape"] == "7b":
+            peak = statistics.median(r["peak_gib"] for r in results[name])
+            lines.append(common.verdict(f"GiB above the imports of {name}", peak, 1.2, at_most=True))
+    return lines
+
+
 def print_merges(found: dict) -> None:
     head = "tied" if found["tied"] else "untied"
     print(
@@ -320,6 +334,7 @@ def print_merges(found: dict) -> None:
     )
     print(common.describe(common.environment()), end="\n\n")
     print(common.table([line(name, found["results"]) for name in found["results"]]))
+    print("", *verdicts(found), sep="\n")
     if checked := found.get("check"):
         equal, changed = checked["equal"] / checked["elements"], 1 - checked["unchanged"] / checked["elements"]
         print(

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 import arciva_assistant_poc as arciva
 import train_arciva_assistant_local as local
+import train_arciva_assistant_vertex as vertex
 
 
 def flags(config: arciva.Config) -> list[str]:
@@ -80,10 +81,23 @@ def test_what_a_user_gets_wrong_ends_with_one_sentence_and_code_2(tiny_config, c
     assert not Path(tiny_config.output_dir).exists() and not Path(tiny_config.merged_dir).exists()
 
 
-def test_a_wrong_flag_shows_its_name(capsys):
+@pytest.mark.parametrize("flag", ["--epocks", "--epoch"])  # a misspelling, and a beginning that would fit
+def test_a_wrong_flag_shows_its_name(flag, capsys):
     with pytest.raises(SystemExit) as caught:
-        local.parse_arguments(["--epocks", "3"])
-    assert caught.value.code == 2 and "--epocks" in capsys.readouterr().err
+        local.parse_arguments([flag, "3"])
+    assert caught.value.code == 2 and f"arguments: {flag}" in capsys.readouterr().err
+
+
+def test_one_folder_holds_all_of_a_run_but_what_is_named(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(arciva, "run_pipeline", lambda config, stages: seen.append(config) or {})
+    local.run(["--base_model", "nano", "--output", str(tmp_path), "--reports_dir", "elsewhere"])
+    folders = {k: v for k, v in asdict(seen[0]).items() if k.endswith("_dir")}
+    assert folders == {
+        "output_dir": f"{tmp_path}/model_output", "merged_dir": f"{tmp_path}/final_merged_model",
+        "reports_dir": "elsewhere", "checkpoint_dir": f"{tmp_path}/checkpoints",
+    }  # fmt: skip
+    assert vertex.RESULT_FOLDERS.items() <= {f.name: f.default for f in fields(arciva.Config)}.items()
 
 
 def test_help_explains_every_setting():
@@ -110,5 +124,7 @@ def test_a_missed_threshold_ends_the_run_before_the_merge(tiny_config, capsys):
     assert arciva.run_main(lambda: local.run([*flags(tiny_config), "--min-rouge-l", "0.99"])) == 2
     assert "not accepted: rouge_l is 0" in capsys.readouterr().err
     assert Path(tiny_config.reports_dir, "dashboard.html").exists() and not Path(tiny_config.merged_dir).exists()
+    summary = json.loads(Path(tiny_config.reports_dir, "suites.json").read_text(), parse_constant=pytest.fail)
+    assert summary["adapter"] == json.loads(Path(tiny_config.reports_dir, "metrics.json").read_text())["adapter"]
     accepted = [*flags(tiny_config), "--stages", "merge", "--min-rouge-l", "0"]
     assert arciva.run_main(lambda: local.run(accepted)) == 0

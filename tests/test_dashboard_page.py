@@ -1,21 +1,28 @@
 """Run with `pytest tests/test_dashboard_page.py`; needs a Chromium or Chrome on this machine, and skips itself without one.
 
 The page is opened from a file in a real browser, once with ordinary answers and once with hostile ones.
+With DASHBOARD_SCREENSHOTS=folder the page of a real run is pictured there: light and dark, wide and as on a phone.
+How the page does at 10,000 rows is printed by `pytest tests/test_dashboard_page.py -k ten_thousand`.
 """
 
 import csv
-import html
 import io
 import json
 import os
 import random
 import re
 import shutil
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
+import execute_notebook
+import labeling
+import nbformat
 import pytest
 from conftest import ROOT
+from test_labeling import built, knowledge  # noqa: F401
 
 import arciva_assistant_poc as arciva
 from arciva_assistant_poc import render_page, script_json
@@ -26,12 +33,10 @@ BROWSER = next((found for name in BROWSERS if name and (found := shutil.which(na
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on this machine (set CHROME to one)")
 
 METRICS = [
-    {"name": "rouge_l", "label": "ROUGE-L", "better": "higher", "digits": 2},
-    {"name": "chrf", "label": "chrF", "better": "higher", "digits": 1},
-    {"name": "bleu", "label": "BLEU", "better": "higher", "digits": 1},
-    {"name": "exact_match", "label": "Exact match", "better": "higher", "digits": 2},
-    {"name": "perplexity", "label": "Perplexity", "better": "lower", "digits": 2},
+    {"name": name, "label": label, "better": better, "digits": digits}
+    for name, (label, better, digits) in arciva.METRIC_LABELS.items()
 ]
+UNSUPPORTED = {"name": "unsupported", "label": "Unsupported claims", "better": "lower", "digits": 0}
 TEXT = "click the export button in your project panel and choose a folder for all of the selected photos"
 WORDS = TEXT.split()
 
@@ -46,6 +51,7 @@ def make_row(n: int, rng: random.Random, **fields) -> dict:
         for who, q in quality.items()
         for name, value in {
             "rouge_l": q, "chrf": 100 * q, "bleu": 80 * q * q, "exact_match": float(q > 0.9), "perplexity": 1.1 / (q + 0.001),
+            "bits_per_byte": 0.3 / (q + 0.001), "cut_off": float(q < 0.1), "answer_words": int(40 * q),
         }.items()
     }  # fmt: skip
     return {
@@ -71,14 +77,32 @@ def make_items(rng: random.Random) -> list[dict]:
     return [
         {
             "id": f"{suite}-{capability}-{kind}-{n}", "suite": suite, "capability": capability, "type": kind, "language": ("en", "de")[n % 2],
-            "prompt": f"{kind} of {capability}, item {n}?", "base_answer": "No.", "tuned_answer": "Click Export.",
-            "base_passed": rng.random() < 0.2, "tuned_passed": rng.random() < 0.7, "reasons": ["expected the word Export"],
+            "prompt": f"{kind} of {capability}, item {n}?", "reference": "Click the Export button.", "expect": "deny" if kind == "absent" else "answer",
+            "held_out": kind == "absent" and n == 0, "twin": f"{suite}-{capability}-twin-{n}" if kind == "absent" else None,
+            "same_as": f"{suite}-{capability}-minimum-{n}" if kind == "invariance" else None, "fact_ids": ["export-start"],
+            "base_answer": "No.", "tuned_answer": "Click Export.", "base_passed": rng.random() < 0.2, "tuned_passed": rng.random() < 0.7,
+            "base_reasons": "lacks button", "tuned_reasons": "does not say that it is not there", "base_unsupported": 0, "tuned_unsupported": n,
+            "tuned_unsupported_claims": ["Send now", "42"][:n],
         }
-        for suite, kinds in (("checklists", ("minimum functionality", "invariance", "directional")), ("probes", ("absent feature", "answerable twin")))
+        for suite, kinds in (("checklists", ("minimum", "invariance", "directional")), ("probes", ("absent", "twin")))
         for capability in ("tagging", "search", "export")
         for kind in kinds
         for n in range(3)
     ]  # fmt: skip
+
+
+SUMMARY_GROUPS = (
+    ("split", "test/rephrased", 0.001), ("split", "test/unseen", 0.4), ("split", "validation/rephrased", 0.001), ("split", "validation/unseen", None),
+    ("language", "de, rephrased", 0.01), ("language", "en, rephrased", 0.2), ("language", "de, unseen", None), ("language", "en, unseen", 0.3),
+)  # fmt: skip
+FIGURES = {
+    name: {who: {"value": v, "low": v - 0.05, "high": v + 0.05} for who, v in (("base", base), ("tuned", tuned))}
+    | {"paired": {"difference": {"value": tuned - base, "low": -1, "high": 1}, "p_value": p}}
+    for name, base, tuned, p in (
+        ("checklists", 0.1, 0.6, 0.001), ("false_answer", 0.9, 0.4, 0.001), ("false_answer_held_out", 0.9, 0.5, 0.2), ("false_refusal", 0.2, 0.4, 0.01),
+        ("balanced_accuracy", 0.45, 0.6, 0.04), ("unsupported_per_answer", 1.5, 0.7, 0.001),
+    )
+}  # fmt: skip
 
 
 def make_data(rows: int = 60, *, suites: bool = True, seed: int = 0, extra: tuple[dict, ...] = ()) -> dict:
@@ -86,16 +110,17 @@ def make_data(rows: int = 60, *, suites: bool = True, seed: int = 0, extra: tupl
     figure = lambda value: {"value": value, "low": value * 0.9, "high": value * 1.1}  # noqa: E731
     summary = [
         {
-            "group": group, "questions": 65, "metric": m["name"], "base": figure(base), "tuned": figure(tuned),
+            "by": by, "group": group, "questions": 65, "metric": m["name"], "base": figure(base), "tuned": figure(tuned),
             "paired": {"won": 0.62, "tied": 0.3, "lost": 0.08, "p_value": p},
         }
-        for group, p in (("test/rephrased", 0.001), ("test/unseen", 0.4), ("validation/rephrased", 0.001), ("validation/unseen", 0.3))
+        for by, group, p in SUMMARY_GROUPS
         for m in METRICS
         for base, tuned in [(90.0, 1.4) if m["name"] == "perplexity" else (0.1, 0.7) if m["name"] in ("rouge_l", "exact_match") else (10.0, 60.0)]
     ]  # fmt: skip
     return {
         "title": "Arciva assistant: answers", "generated": "2026-01-31 12:00 UTC", "note": "nano proves the pipeline, not the assistant",
-        "summary": summary, "metrics": METRICS, "suites": {"items": make_items(rng)} if suites else None,
+        "adapter": "0123456789abcdef", "summary": summary, "metrics": [*METRICS, UNSUPPORTED] if suites else METRICS,
+        "suites": {"figures": FIGURES, "items": make_items(rng)} if suites else None,
         "rows": [make_row(n, rng) for n in range(rows - len(extra))] + list(extra),
     }  # fmt: skip
 
@@ -168,7 +193,7 @@ def test_table_for_readers_without_scripts_is_escaped_and_short():
     page = render_page(make_data(400, extra=(hostile,)) | {"rows": [hostile] * 400}, TEMPLATE)
     table = page.split("<noscript>")[1].split("</noscript>")[0]
     assert "<script" not in table and "&lt;/noscript&gt;" in table
-    assert table.count("<tr>") == 1 + 20 + 1 + 300  # both heads, 4 groups × 5 metrics, and the first 300 answers
+    assert table.count("<tr>") == 1 + 4 * len(METRICS) + 1 + 300  # both heads, 4 groups with all metrics, 300 answers
     assert "x" * 201 not in table
 
 
@@ -297,6 +322,55 @@ def test_best_and_worst_lead_to_their_rows(open_page):
 
 
 @needs_browser
+def test_suites_show_what_decides_and_lead_from_a_probe_to_its_twin(open_page):
+    data = make_data(10)
+    page = open_page(data)
+    assert re.findall(r"\d+ % → \d+ %", page.inner_text("#tiles"))[:3] == ["10 % → 60 %", "90 % → 40 %", "90 % → 50 %"]
+    assert page.locator("#tiles .gain").all_inner_texts() == ["60 %", "40 %", "60 %", "0.70"]
+    assert page.locator("#tiles .loss").all_inner_texts() == ["40 %"]  # more false refusals
+    page.locator("#filter-suite").select_option("probes")
+    page.select_option("#sort-by", "unsupported")
+    worst = page.locator("#rows tr.row").first
+    item = next(i for i in data["suites"]["items"] if i["id"] == worst.get_attribute("data-id"))
+    assert item["tuned_unsupported"] == 2 and item["type"] == "absent"
+    worst.locator(".toggle").click()
+    detail = page.locator("#rows tr.detail").first
+    tuned = detail.locator(".answers > div", has_text="Tuned answer")
+    assert tuned.locator("li").all_inner_texts() == [item["tuned_reasons"], "unsupported: Send now", "unsupported: 42"]
+    assert "lacks button" in detail.locator(".answers > div", has_text="Base answer").inner_text()
+    assert "Should be denied" in detail.inner_text() and item["reference"] in detail.inner_text()
+    assert tuned.locator("mark.extra").count() == 0 and detail.locator("mark.missing").all_inner_texts() == ["the", "button."]  # fmt: skip
+    detail.locator("a", has_text="Its answerable twin").click()
+    assert page.evaluate("document.activeElement.closest('tr').dataset.id") == item["twin"]
+    back = page.locator("#rows tr.detail a", has_text="The probe beside it")
+    assert back.count() == 1
+    page.locator("#filter-novelty").select_option("held-out probe")
+    assert sorted(shown_ids(page)) == sorted(i["id"] for i in data["suites"]["items"] if i["held_out"])
+
+
+@needs_browser
+def test_the_summary_is_sliced_and_names_no_winner_without_a_p_value(open_page):
+    page = open_page(make_data(10, suites=False))
+    table = page.locator("#summary")
+    assert table.locator("tbody tr").count() == len(METRICS) and "Better" in table.inner_text()
+    page.locator("#summary-groups button", has_text="validation/unseen").click()
+    assert "Too few to tell" in table.inner_text() and "p = " not in table.inner_text()
+    page.locator("#summary-slices button", has_text="By language").click()
+    page.locator("#summary-groups button", has_text="Perplexity").click()
+    heads = table.locator("tbody th").all_inner_texts()
+    assert [h.split("\n")[0] for h in heads] == ["de, rephrased", "en, rephrased", "de, unseen", "en, unseen"]
+
+
+@needs_browser
+def test_what_is_neither_good_nor_bad_is_not_called_worst(open_page):
+    page = open_page(make_data(30, suites=False))
+    page.select_option("#sort-by", "answer_words")
+    assert page.locator("#sort-worst option").all_inner_texts() == ["Lowest first", "Highest first"]
+    page.locator("#extremes-metrics button", has_text="Answer length").click()
+    assert "Lowest" in page.inner_text("#extremes") and "Worst" not in page.inner_text("#extremes")
+
+
+@needs_browser
 def test_word_differences_against_the_reference_are_marked(open_page):
     row = make_row(
         0,
@@ -347,10 +421,13 @@ def test_labels_export_in_the_labelling_tools_format(open_page):
     assert page.inner_text("#labels") == "Export labels (2)"  # a fix without a correction is none
     page.fill("textarea", "Corrected über.")
     exported = [json.loads(x) for x in fetch(page, "#labels").splitlines()]
-    assert {x["id"]: x["review_metadata"]["label"] for x in exported} == dict(
+    assert {x["row"]: x["review_metadata"]["label"] for x in exported} == dict(
         zip([r["id"] for r in rows], ("✅ Verified", "🗑️ Discarded", "✍️ Modified"), strict=True)
     )
-    fixed = next(x for x in exported if x["id"] == rows[2]["id"])
+    fixed = next(x for x in exported if x["row"] == rows[2]["id"])
+    assert fixed["id"] == f"generation/0123456789abcdef/{rows[2]['id']}" and fixed["source"] == "dashboard"
+    assert fixed["generated"] == rows[2]["tuned_answer"] and fixed["split"] == rows[2]["split"]
+    assert {k: fixed[k] for k in ("topic", "kind", "style", "reference")} == {k: rows[2][k] for k in ("topic", "kind", "style", "reference")}  # fmt: skip
     assert fixed["messages"] == [
         {"role": "user", "content": rows[2]["question"]},
         {"role": "assistant", "content": "Corrected über."},
@@ -362,6 +439,42 @@ def test_labels_export_in_the_labelling_tools_format(open_page):
     assert page.inner_text("#labels") == "Export labels (3)"  # kept for the next visit
     page.locator("#filter-label").select_option("fix")
     assert shown_ids(page) == [rows[2]["id"]]
+    page.close()
+    rows[0]["tuned_answer"] = "Another answer."  # the label was given to the one before
+    assert open_page(data).inner_text("#labels") == "Export labels (2)"
+    assert open_page(data | {"adapter": "fedcba9876543210"}).inner_text("#labels") == "Export labels"
+
+
+@needs_browser
+def test_a_browser_s_labels_come_back_through_the_labelling_tool(open_page, knowledge, tmp_path, capsys):  # noqa: F811
+    """What a person judged is a model's answer: only a corrected one of a training row may change the corpus, when asked."""
+    before, rng = built(), random.Random(0)
+    words = {"tuned_answer": "Press it.", "base_answer": "No."}
+    rows = [
+        make_row(n, rng, **{k: r[k] for k in labeling.KEPT}, id=r["id"], question=r["instruction"], reference=r["response"], split=split, **words)
+        for n, (r, split) in enumerate(zip(before.values(), ("train", "train", "train", "test", "test", "validation"), strict=True))
+    ]  # fmt: skip
+    data = make_data(0, extra=tuple(rows))
+    data["suites"]["items"] = data["suites"]["items"][:1]
+    page = open_page(data)
+    page.select_option("#sort-by", "order")
+    for n, choice in enumerate(("good", "wrong", "fix", "wrong", "fix", "good", "fix")):
+        page.locator("#rows tr.row .toggle").nth(n).click()
+        detail = page.locator("#rows tr.detail").nth(n)
+        detail.locator(f"[data-choice={choice}]").click()
+        if choice == "fix":
+            detail.locator("textarea").fill('First choose a size, then press "Start export" in the panel.')
+    labels, kept = tmp_path / "labels.jsonl", tmp_path / "generations.jsonl"
+    labels.write_text(fetch(page, "#labels"), encoding="utf-8")
+    assert len(labels.read_text(encoding="utf-8").splitlines()) == 7
+    command = ["import", str(labels), "--generations", str(kept)]
+    assert labeling.main(command) == 0 and built() == before
+    assert "4 of them are of held-out rows or suite items: refused into the corpus" in capsys.readouterr().out
+    lines = lambda path: sorted(path.read_text(encoding="utf-8").splitlines(), key=lambda x: json.loads(x)["id"])  # noqa: E731
+    assert list(map(json.loads, lines(kept))) == list(map(json.loads, lines(labels)))  # nothing is lost
+    assert labeling.main([*command, "--fixes"]) == 0
+    assert [i for i in before if built()[i] != before[i]] == [rows[2]["id"]]
+    assert "Start export" in built()[rows[2]["id"]]["response"]
 
 
 @needs_browser
@@ -424,17 +537,24 @@ def test_fits_a_phone_and_follows_the_colour_scheme(open_page, scheme):
 
 
 @needs_browser
-@pytest.mark.parametrize("sandbox", ["", 'sandbox="allow-scripts allow-downloads"'])
-def test_works_inside_a_notebooks_frame(browser, sandbox):
-    """srcdoc frames have no address of their own; sandboxed ones have no storage either."""
-    data = make_data(30)
-    trouble = []
-    page = browser.new_page()
+def test_works_inside_a_notebooks_frame(browser, tmp_path):
+    """A sandboxed frame made of a string has no address and no storage of its own, and reaches nothing around it."""
+    quotes = make_row(0, random.Random(0), id="quotes", question="It's \"quoted\" &amp; 'more' & <b>bold</b>")
+    data, trouble, path = make_data(30, extra=(quotes,)), [], tmp_path / "dashboard.html"
+    path.write_text(render_page(data, TEMPLATE), encoding="utf-8")
+    page = browser.new_page(accept_downloads=True)
     page.on("pageerror", lambda error: trouble.append(str(error)))
-    page.set_content(
-        f'<iframe {sandbox} style="width:100%;height:800px" srcdoc="{html.escape(render_page(data, TEMPLATE))}"></iframe>'
-    )
+    page.set_content("<p>cell</p>" + arciva.show_dashboard(path).data)
     frame = page.frame_locator("iframe")
+    frame.locator(".skip").focus()
+    page.keyboard.press("Enter")  # following it as a link would leave the page
+    frame.locator("#search").fill("quoted bold")
+    frame.locator("#count", has_text=re.compile("^1 of")).wait_for()
+    assert quotes["question"] in frame.locator("#rows").inner_text()
+    with page.expect_download() as waiting:
+        frame.locator("#jsonl").click()
+    assert json.loads(Path(waiting.value.path()).read_text(encoding="utf-8")) == quotes
+    assert page.frames[1].evaluate("(() => { try { return parent.document.title } catch { return 'refused' } })()") == "refused"  # fmt: skip
     frame.locator("#extremes a").first.click()
     frame.locator("#rows tr.detail [data-choice=good]").click()
     assert frame.locator("#labels").inner_text() == "Export labels (1)"
@@ -442,6 +562,74 @@ def test_works_inside_a_notebooks_frame(browser, sandbox):
     assert frame.locator("#rows tr.detail").count() == 1
     page.close()
     assert trouble == []
+
+
+def test_without_a_page_the_notebook_says_what_is_missing(tmp_path, capsys):
+    assert arciva.show_dashboard(tmp_path / "dashboard.html") is None
+    assert "needs the repository's template" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("browser_found", [True, False])
+def test_the_committed_notebook_shows_a_picture_instead_of_the_page(tmp_path, monkeypatch, browser_found):
+    if browser_found and BROWSER is None:
+        pytest.skip("no Chromium or Chrome on this machine")
+    monkeypatch.setattr(execute_notebook, "BROWSERS", (BROWSER,) if browser_found else ())
+    path = tmp_path / "dashboard.html"
+    path.write_text(render_page(make_data(300), TEMPLATE), encoding="utf-8")
+    cell = nbformat.v4.new_code_cell("show_dashboard(path)")
+    cell.outputs = [
+        nbformat.v4.new_output(
+            "execute_result", {"text/html": arciva.show_dashboard(path).data, "text/plain": "<HTML>"}
+        )
+    ]
+    execute_notebook.strip_noise(notebook := nbformat.v4.new_notebook(cells=[cell]))
+    (output,) = notebook.cells[0].outputs
+    assert "srcdoc" not in json.dumps(notebook) and "run this cell" in output.data["text/plain"]
+    assert ("image/png" in output.data) == browser_found
+    assert len(json.dumps(notebook)) < 500_000
+    nbformat.validate(notebook)
+
+
+# ── The quick look in the notebook
+FRAME = arciva.pd.DataFrame([make_row(n, random.Random(n), rank="best") for n in range(60)])
+
+
+def test_colab_gets_its_own_table(monkeypatch):
+    shown = []
+    colab, tables = types.ModuleType("google.colab"), types.ModuleType("google.colab.data_table")
+    tables.DataTable = lambda frame, **settings: ("table", frame, settings)
+    colab.data_table = tables
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    monkeypatch.setitem(sys.modules, "google.colab.data_table", tables)
+    monkeypatch.setattr(arciva, "in_colab", lambda: True)
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    arciva.show_table(FRAME)
+    assert shown == [("table", FRAME, {"include_index": False, "num_rows_per_page": 10})]
+
+
+def test_jupyter_gets_widgets_that_say_how_many_rows_they_show(monkeypatch):
+    widgets, shown = pytest.importorskip("ipywidgets"), []
+    monkeypatch.setattr(arciva, "in_colab", lambda: False)
+    monkeypatch.setattr(arciva, "running_in_notebook", lambda: True)
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    monkeypatch.setattr(arciva, "print", lambda words: shown.append(words), raising=False)
+    arciva.show_table(FRAME)
+    box = shown.pop()
+    assert isinstance(box, widgets.VBox) and shown.pop(0) == "25 of 60 matching rows"
+    language = next(w for w in box.children[0].children if w.description == "language")
+    language.value = "de"
+    assert shown[1] == "25 of 30 matching rows" and "<table" in shown[2].data
+    search = next(w for w in box.children[1].children if w.description == "search")
+    search.value = "Question 7:"
+    assert shown[3] == "1 of 1 matching rows" and "Question 7:" in shown[4].data and "Question 9:" not in shown[4].data
+
+
+def test_elsewhere_the_table_is_a_plain_one(monkeypatch):
+    shown = []
+    monkeypatch.setattr(arciva, "in_colab", lambda: False)
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    arciva.show_table(FRAME)
+    assert len(shown) == 1 and shown[0] is FRAME
 
 
 @needs_browser
@@ -471,7 +659,9 @@ HOSTILE = (
     "\ud800 lone, and \u2028 a line separator",
     '" onmouseover="alert(1)" x="',
     "javascript:alert(1)",
+    "joined a\u200cb\u200dc\u034fd\u115fe\u180ef\u2800g\u3164h\uffa0i\ufe0fj\U000e0101k",
 )
+HIDDEN = "\u200b\u200c\u200d\u034f\u115f\u180e\u2800\u3164\uffa0\ufe0f\U000e0101\u202a-\u202e\u2066-\u2069"
 
 
 @needs_browser
@@ -481,13 +671,15 @@ def test_hostile_strings_are_shown_not_executed(open_page):
         make_row(n, rng, id=f"{n} {text}", topic=text, kind=text, style=text, question=f"{n}: {text}", reference=text, base_answer=text, tuned_answer=text)
         for n, text in enumerate(HOSTILE)
     ]  # fmt: skip
-    data = make_data(8, extra=tuple(rows))
+    data = make_data(len(HOSTILE), extra=tuple(rows))
     data["title"] = data["note"] = data["suites"]["items"][0]["prompt"] = HOSTILE[0]
     data["suites"]["items"][0] |= {
         "suite": HOSTILE[1],
         "capability": HOSTILE[2],
         "type": HOSTILE[3],
-        "reasons": [HOSTILE[0]],
+        "tuned_reasons": HOSTILE[0],
+        "twin": HOSTILE[4],
+        "tuned_unsupported_claims": [HOSTILE[1]],
     }
     page = open_page(data)
     page.select_option("#size", "100")
@@ -496,7 +688,9 @@ def test_hostile_strings_are_shown_not_executed(open_page):
     text = page.inner_text("body")
     for shown in (HOSTILE[0], HOSTILE[1], "U+202E", "U+2066", "U+200B", "U+001B", "U+E0041", "U+2028"):
         assert shown in text, shown
-    assert not re.search("[\u202a-\u202e\u2066-\u2069\u200b]", page.inner_text("main"))
+    assert not re.search(f"[{HIDDEN}]", page.inner_text("main"))
+    for shown in re.findall("[^ -~]", HOSTILE[-1]):
+        assert f"U+{ord(shown):04X}" in text, shown
     assert page.locator("img, main style, main script").count() == 0
     for index in range(1, len(HOSTILE) + 1):  # every hostile value as a filter
         page.select_option("#filter-topic", index=index)
@@ -508,8 +702,23 @@ def test_hostile_strings_are_shown_not_executed(open_page):
             "byKey.get(decodeURIComponent(location.hash.slice(1))) === rowEntry(document.activeElement.closest('tr'))"
         )
         assert found, page.url
-    assert len(fetch(page, "#jsonl").splitlines()) == 8 + 45
+    assert len(fetch(page, "#jsonl").splitlines()) == len(HOSTILE) + 45
     fetch(page, "#csv")
+
+
+@needs_browser
+def test_the_page_s_policy_runs_its_own_script_alone(browser, tmp_path):
+    """Even if something of an answer became markup one day."""
+    path = tmp_path / "broken.html"
+    foreign = "<script>document.title = 'run'</script><img src='data:,' onerror=\"document.title = 'run'\">"
+    path.write_text(render_page(make_data(3), TEMPLATE).replace("<main", foreign + "<main"), encoding="utf-8")
+    page, said = browser.new_page(), []
+    page.on("console", lambda message: said.append(message.text))
+    page.goto(path.as_uri())
+    page.wait_for_selector("html[data-ready]", state="attached")
+    page.wait_for_timeout(200)
+    assert page.title() == "Arciva assistant: answers" and sum("Content Security Policy" in s for s in said) == 2
+    page.close()
 
 
 @needs_browser
@@ -551,39 +760,91 @@ def test_ten_thousand_rows_keep_the_document_small(open_page, capsys):
         print(f"\n10,000 answers: ready after {ready} ms, sort {sort} ms, search {find} ms, {nodes:,} nodes")
 
 
-@needs_browser
-def test_a_page_of_a_real_run_sorts_searches_and_links(open_page, cpu, tmp_path):
-    """The embedded base with a fresh adapter answers held-out questions and suite items; nothing of the page is made up."""
+@pytest.fixture(scope="module")
+def real_run(cpu, tmp_path_factory):
+    """Predictions, report and suite results of the embedded base, trained for a moment; nothing of its page is made up."""
+    folder = tmp_path_factory.mktemp("run")
+    rows = (ROOT / "data" / "arciva_qa_synthetic.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "rows.jsonl").write_text("".join(rows[:80]), encoding="utf-8")
     config = replace(
         arciva.configure(cpu, base_model=str(ROOT / "data" / "nano_base"))[0],
-        data=str(ROOT / "data" / "arciva_qa_synthetic.jsonl"),
+        data=str(folder / "rows.jsonl"),
+        epochs=1,
+        evaluations_per_epoch=1,
+        pairs_per_step=8,
         max_eval_rows=12,
-        max_new_tokens=12,
-        reports_dir=str(tmp_path / "reports"),
+        max_new_tokens=24,
+        **{name: str(folder / name) for name in ("output_dir", "checkpoint_dir", "reports_dir")},
     )
+    arciva.seed_everything(config.seed)
     tokenizer = arciva.load_tokenizer(config.base_model)
     model = arciva.add_adapter(arciva.load_base_model(config, cpu), config)
     examples, _ = arciva.load_examples(config.data)
     splits, _ = arciva.split_examples(examples, config.seed)
+    training = arciva.train_adapter(model, tokenizer, splits, config, cpu)
+    arciva.save_adapter(model, tokenizer, training, splits, config)
     predictions = arciva.predict(model, tokenizer, splits, config, cpu)
     report = arciva.build_report(predictions, config)
-    items = arciva.load_suites(str(ROOT / "data" / "suites"))[:12]
-    suites = arciva.run_suites(model, tokenizer, items, arciva.knowledge_vocabulary(examples), config, cpu)
+    items = arciva.load_suites(str(ROOT / "data" / "suites"))
+    some = [*items[:10], *[item for item in items if item.suite == "probes"][:10]]
+    suites = arciva.run_suites(model, tokenizer, some, arciva.knowledge_vocabulary(examples), config, cpu)
     rated = arciva.write_dashboard(predictions, report, config.reports_dir, suites=suites)
+    return config, rated, report, suites
+
+
+def take_pictures(page, folder: Path) -> None:
+    """Top, suites, list and an open answer, in light and dark, wide and as on a phone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        for name, size in {"wide": (1280, 900), "phone": (390, 844)}.items():
+            page.set_viewport_size({"width": size[0], "height": size[1]})
+            assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
+            for part in ("header", "#suites", "#list", "#rows tr.open"):
+                page.evaluate("part => document.querySelector(part).scrollIntoView()", part)
+                page.screenshot(path=folder / f"{scheme}-{name}-{re.sub(r'[^a-z]+', '-', part).strip('-')}.png")
+    page.set_viewport_size({"width": 1280, "height": 900})
+
+
+@needs_browser
+def test_a_page_of_a_real_run_does_all_that_a_made_up_one_does(open_page, real_run, tmp_path):
+    config, rated, report, suites = real_run
     written = Path(config.reports_dir, "dashboard.html").read_text(encoding="utf-8")
     data = arciva.dashboard_data(rated, report, suites)
     assert render_page(data, TEMPLATE) == written
+    assert data["adapter"] == arciva.adapter_fingerprint(config.output_dir) is not None
+    assert (rated["base_answer"] != rated["tuned_answer"]).any()
     page = open_page(data)
     page.select_option("#size", "100")
-    assert sorted(shown_ids(page)) == sorted([*predictions["id"], *(item.id for item in items)])
-    page.select_option("#sort-by", "rouge_l")
-    page.select_option("#sort-who", "tuned")
-    page.select_option("#sort-worst", "best")
-    scores = rated.set_index("id")["tuned_rouge_l"]
-    answered = [i for i in shown_ids(page) if i in scores.index]
-    assert scores[answered].tolist() == sorted(scores, reverse=True)
-    row = predictions.iloc[5]
+    assert sorted(shown_ids(page)) == sorted([*rated["id"], *suites["tuned"]["id"]])
+    for name in arciva.METRIC_LABELS:  # each of them is there for each answer
+        page.select_option("#sort-by", name)
+        page.select_option("#sort-worst", "best")
+        scores = rated.set_index("id")[f"tuned_{name}"]
+        answered = [i for i in shown_ids(page) if i in scores.index]
+        lowest_first = arciva.METRIC_LABELS[name][1] == "lower"
+        assert scores[answered].tolist() == sorted(scores, reverse=not lowest_first), name
+    row = rated.iloc[5]
     page.fill("#search", row["question"])
+    page.wait_for_function("n => state.shown.length < n", arg=len(rated))
+    assert row["id"] in shown_ids(page) and row["question"][:30] in page.inner_text("#rows tr.row")
+    page.click("#reset")
+    page.locator("#filter-split").select_option("test")
+    chosen = rated[rated["split"] == "test"]
+    assert sorted(shown_ids(page)) == sorted(chosen["id"])
+    lines = [json.loads(line) for line in fetch(page, "#jsonl").splitlines()]
+    assert {x["id"]: x["tuned_answer"] for x in lines} == dict(zip(chosen["id"], chosen["tuned_answer"], strict=True))
+    assert set(next(csv.DictReader(io.StringIO(fetch(page, "#csv")[1:], newline="")))) == set(rated.columns)
+    page.keyboard.press("/")
+    page.keyboard.type(chosen.iloc[0]["id"])
     wait_for_count(page, 1)
-    assert shown_ids(page) == [row["id"]]
-    assert page.inner_text("#rows tr.row").find(row["question"][:30]) >= 0
+    page.locator("#rows .toggle").focus()
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Space")
+    assert page.inner_text("#labels") == "Export labels (1)"
+    assert json.loads(fetch(page, "#labels"))["id"] == f"generation/{data['adapter']}/{chosen.iloc[0]['id']}"
+    address = page.evaluate("location.hash")
+    linked = open_page(data, address)
+    assert linked.locator("#rows tr.open").get_attribute("data-id") == chosen.iloc[0]["id"]
+    take_pictures(linked, Path(os.environ.get("DASHBOARD_SCREENSHOTS", tmp_path / "pictures")))

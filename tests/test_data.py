@@ -28,6 +28,12 @@ def corpus() -> list[arciva.Example]:
         ('{"messages": [{"role": "user", "content": "a"}]}', "end with the assistant"),
         ('{"messages": [{"role": "robot", "content": "a"}]}', "role"),
         ('{"instruction": "a", "response": "b", "language": "fr"}', "language"),
+        ('{"instruction": "a", "response": "\\ud83d"}', "lone surrogate"),
+        ('{"instruction": "a", "response": "b", "source": "dashboard", "split": "test"}', "must not be trained on"),
+        (
+            '{"id": "generation/x/y", "instruction": "a", "response": "b", "split": "train", "suite": "probes"}',
+            "must not be",
+        ),
         ('{"id": "fact-0/en/0", "instruction": "a", "response": "b"}', "was used in"),
     ],
 )
@@ -60,6 +66,22 @@ def test_a_missing_or_empty_file_says_what_to_do(tmp_path, content, words):
         path.write_text(content)
     with pytest.raises(arciva.ArcivaError, match=words):
         arciva.load_examples(str(path))
+
+
+def test_the_shipped_corpus_is_found_from_anywhere_and_colab_is_told_how_to_bring_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert arciva.load_examples(arciva.Config().data)[0]
+    monkeypatch.setattr(arciva, "REPOSITORY", tmp_path)  # a notebook opened alone
+    monkeypatch.setattr(arciva, "in_colab", lambda: True)
+    with pytest.raises(arciva.ArcivaError, match=r"upload it with the file browser, or mount Drive .* or set DATA"):
+        arciva.load_examples(arciva.Config().data)
+
+
+@pytest.mark.parametrize("address", ["https://exa mple/x", "http://localhost:1/rows.jsonl", "https://[::1/x"])
+def test_an_address_that_gives_nothing_is_one_sentence(address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(arciva.ArcivaError, match="cannot download"):
+        arciva.load_examples(address)
 
 
 def test_reviewed_rows_are_kept_changed_and_discarded_by_their_label(tmp_path):

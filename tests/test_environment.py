@@ -1,10 +1,14 @@
 """Sections 1 and 2: pins, import, configuration, hardware. Run: pytest tests/test_environment.py"""
 
 import ast
+import contextlib
+import importlib.metadata
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import httpx2
+import jupytext
 import pytest
 import torch
 from conftest import ROOT
@@ -13,7 +17,7 @@ import arciva_assistant_poc as arciva
 
 
 def pins(text: str) -> dict[str, str]:
-    return dict(re.findall(r'(?m)(?:^|")([A-Za-z0-9_.-]+)==([\w.+]+)', text))
+    return dict(re.findall(r'(?m)(?:^|["\s])([A-Za-z0-9_.-]+)==([\w.+]+)', text))
 
 
 def test_first_cell_pins_what_requirements_pin():
@@ -22,6 +26,24 @@ def test_first_cell_pins_what_requirements_pin():
     installed, required = pins(first_cell), pins((ROOT / "requirements.txt").read_text())
     assert installed and {name: required.get(name) for name in installed} == installed
     assert "torch" not in installed and "numpy" not in installed and "pandas" not in installed
+
+
+@pytest.mark.parametrize(
+    ("installed", "words"),
+    [({}, None), ({"peft": "0.17.0"}, "peft is 0.17.0, expected"), ({"torch": "2.5.1"}, "torch 2.5.1 is too old")],
+)
+def test_the_first_cell_notices_what_pip_could_not_install(installed, words, monkeypatch):
+    """As in an image whose own packages conflict: pip says so and ends, and the notebook must not go on."""
+    notebook = jupytext.read(ROOT / "arciva_assistant_poc.ipynb")
+    cell = next(c.source for c in notebook.cells if "skip-execution" in c.metadata.get("tags", []))
+    commands = []
+    source = re.sub(r"(?m)^(\s*)%pip (.*)$", r"\1pip(f'\2')", cell)
+    required = pins((ROOT / "requirements.txt").read_text()) | {"ipykernel": "7.0.0", "torchao": "0.10.0"} | installed
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: required[name])
+    with pytest.raises(RuntimeError, match=words) if words else contextlib.nullcontext():
+        exec(source, {"pip": commands.append})
+    assert words or [command.split()[0] for command in commands] == ["install", "uninstall"]
+    assert not commands or ("-c" in commands[0] and "torch==" not in commands[0])
 
 
 def test_importing_only_defines():
@@ -109,6 +131,15 @@ def test_a_preset_yields_to_what_was_set(cpu):
         ({"resume": "maybe"}, "resume is 'maybe'"),
         ({"pairs_per_step": 16, "micro_batch_pairs": 5}, "multiple of micro_batch_pairs"),
         ({"merge_base": "4bit"}, "merge_base is '4bit'"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"dropout": 1.5}, "dropout is 1.5, expected 0 or more and below 1"),
+        ({"warmup": -0.1}, "warmup is -0.1"),
+        ({"micro_batch_pairs": -4}, "micro_batch_pairs is -4"),
+        ({"seed": -1}, "seed is -1"),
+        ({"report_to": "tensorbord"}, "report_to is 'tensorbord'"),
+        ({"output_dir": "out", "merged_dir": "out"}, "lies in output_dir"),
+        ({"output_dir": "out", "reports_dir": "out/reports"}, "reports_dir .* lies in output_dir"),
+        ({"output_dir": "."}, "lies in output_dir"),
     ],
 )
 def test_a_wrong_setting_is_named(cpu, setting, words):
@@ -119,6 +150,7 @@ def test_a_wrong_setting_is_named(cpu, setting, words):
 def test_an_unfinished_folder_never_takes_the_final_name(tmp_path):
     final = tmp_path / "out"
     with arciva.atomic_folder(final) as folder:
+        (folder / "manifest.json").write_text("{}")
         (folder / "a").write_text("whole")
     with pytest.raises(RuntimeError), arciva.atomic_folder(final) as folder:
         (folder / "a").write_text("half")
@@ -133,3 +165,22 @@ def test_an_unwritable_output_is_one_sentence(tmp_path):
         raise AssertionError("the folder cannot exist")
     with pytest.raises(arciva.ArcivaError, match="cannot write"):
         arciva.write_atomic(Path(tmp_path / "file" / "x.txt"), "text")
+
+
+def test_a_folder_that_no_run_made_is_never_replaced(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(arciva.ArcivaError, match=r"holds no manifest\.json"), arciva.atomic_folder(tmp_path / "mine"):
+        raise AssertionError("nothing may be written")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    (tmp_path / "empty").mkdir()
+    with arciva.atomic_folder(tmp_path / "empty") as folder:
+        (folder / "manifest.json").write_text("{}")
+    assert (tmp_path / "empty" / "manifest.json").is_file()
+
+
+def test_a_place_that_takes_no_results_is_named_before_training(tmp_path, tiny_config):
+    (tmp_path / "file").write_text("")
+    for name in arciva.FOLDERS:
+        with pytest.raises(arciva.ArcivaError, match=f"cannot write {name}"):
+            arciva.run_pipeline(replace(tiny_config, **{name: str(tmp_path / "file" / "below")}))

@@ -364,6 +364,82 @@ def test_other_rows_with_the_answer_that_was_changed_are_pointed_out(knowledge, 
     assert f"{row['id']}: 1 other rows keep the answer it had" in capsys.readouterr().out
 
 
+# Labels from the dashboard: tests/test_dashboard_page.py takes one that a browser wrote through the same import
+
+
+def generation(row: dict, label: str, answer: str, **fields) -> dict:
+    """A label as the page writes it, of a model's answer to a row of the corpus."""
+    return {
+        "id": f"generation/0123456789abcdef/{row['id']}",
+        "messages": pair(row["instruction"], answer),
+        **{key: row[key] for key in labeling.KEPT},
+        "source": "dashboard",
+        "adapter": "0123456789abcdef",
+        "row": row["id"],
+        "split": "train",
+        "novelty": "rephrased",
+        "suite": None,
+        "reference": row["response"],
+        "generated": "Press it.",
+        "review_metadata": {
+            "status": "reviewed",
+            "label": label,
+            "timestamp": "2026-01-05T10:00:00Z",
+            "format": "messages",
+        },
+    } | fields
+
+
+@pytest.fixture
+def kept(tmp_path) -> Path:
+    return tmp_path / "generations.jsonl"
+
+
+def test_a_judged_generation_leaves_the_corpus_alone_and_is_kept(knowledge, tmp_path, kept, capsys):
+    row, options = next(iter(built().values())), ("--generations", str(kept))
+    labels = [
+        generation(row, "🗑️ Discarded", "Press it."),
+        generation(row, "✅ Verified", "Press it.", id="generation/other/x"),
+        generation(row, "✍️ Modified", BETTER, id="generation/third/x"),
+    ]
+    assert take(tmp_path, labels, options=options) == 0
+    assert overrides(knowledge) == {}
+    said = capsys.readouterr().out
+    assert "3 labels of generations" in said and "1 of them are corrected answers" in said and "--fixes" in said
+    assert sorted(map(json.loads, kept.read_text(encoding="utf-8").splitlines()), key=str) == sorted(labels, key=str)
+    before = kept.read_bytes()
+    assert take(tmp_path, labels, options=options) == 0 and kept.read_bytes() == before
+    assert "nothing to change" in capsys.readouterr().out
+
+
+def test_a_corrected_generation_of_a_training_row_replaces_its_answer_when_asked(knowledge, tmp_path, kept, capsys):
+    row = next(r for r in built().values() if r["instruction"] == "How do I export?")
+    label, options = generation(row, "✍️ Modified", BETTER), ("--generations", str(kept), "--fixes")
+    assert take(tmp_path, [label], options=options) == 0
+    assert built()[row["id"]] == row | {"response": BETTER}
+    assert take(tmp_path, [label], options=options) == 0 and "nothing to change" in capsys.readouterr().out
+    older = generation(row, "✍️ Modified", BETTER.replace("panel", "export panel"))  # made before the row was changed
+    assert take(tmp_path, [older], options=options) == 2
+    assert "other words than the corpus has now" in capsys.readouterr().err
+    assert built()[row["id"]]["response"] == BETTER
+
+
+@pytest.mark.parametrize("fields", [{"split": "test"}, {"split": None, "suite": "probes"}, {"source": None, "split": None}])  # fmt: skip
+def test_held_out_rows_and_suite_items_never_enter_the_corpus(knowledge, tmp_path, kept, capsys, fields):
+    row = next(r for r in built().values() if r["instruction"] == "How do I export?")
+    labels = [generation(row, label, BETTER, **fields) for label in ("✍️ Modified", "🗑️ Discarded", "✅ Verified")]
+    assert take(tmp_path, labels, options=("--generations", str(kept), "--fixes")) == 0
+    assert overrides(knowledge) == {} and len(kept.read_text(encoding="utf-8").splitlines()) == 3
+    assert "3 of them are of held-out rows or suite items: refused into the corpus" in capsys.readouterr().out
+
+
+def test_a_discarded_row_with_other_words_and_no_id_discards_nothing(knowledge, tmp_path, capsys):
+    """A tool that drops ids and source would make a wrong answer of the model look like a wrong row."""
+    row = generation(next(iter(built().values())), "🗑️ Discarded", "Press it.")
+    assert take(tmp_path, [{key: row[key] for key in ("messages", "review_metadata")}]) == 2
+    assert "its words are not the corpus's" in capsys.readouterr().err and overrides(knowledge) == {}
+
+
 # Conversations
 
 

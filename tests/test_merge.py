@@ -192,6 +192,40 @@ def test_a_merged_model_that_overflows_is_refused():
         arciva.compare_models(live, live | {"perplexity": float("nan")})
 
 
+def verification(after: float) -> dict:
+    return {"perplexity_adapter": 2.0, "perplexity_merged": after}
+
+
+def test_a_merge_takes_its_name_only_when_it_is_the_model_that_was_judged(tmp_path, chatml):
+    config = replace(make_run(tmp_path, chatml), merge_base="dequantized")
+    arciva.merge_adapter(arciva.unverified(config))
+    assert not Path(config.merged_dir).exists()
+    arciva.publish_merged(config, verification(2.001), None)
+    before = merged_tensors(config)
+    change_adapter(config, lambda tensors: [t.mul_(3) for t in tensors.values()])
+    arciva.merge_adapter(arciva.unverified(config))
+    with pytest.raises(arciva.ArcivaError, match=r"perplexity is 2\.200, the adapter's 2\.000"):
+        arciva.publish_merged(config, verification(2.2), None)
+    assert all(torch.equal(v, before[k]) for k, v in merged_tensors(config).items())
+    card = (Path(config.merged_dir) / "README.md").read_text()
+    assert f'from_pretrained("{Path(config.merged_dir).name}"' in card
+    assert json.loads((Path(config.merged_dir) / "manifest.json").read_text())["verification"] == verification(2.001)
+
+
+def test_plain_generate_stops_where_answers_end(tmp_path, chatml):
+    """Also where the base's own config names another end: it is the end-of-turn token that was supervised."""
+    config = make_run(tmp_path, chatml)
+    arciva.merge_adapter(config)
+    model = AutoModelForCausalLM.from_pretrained(config.merged_dir, dtype=torch.float32)
+    assert model.generation_config.eos_token_id == arciva.stop_token_ids(chatml)
+    assert model.generation_config.pad_token_id == chatml.pad_token_id and not model.generation_config.do_sample
+    prompt = torch.tensor([arciva.encode_prompt(chatml, "Wie groß?")])
+    with torch.no_grad():  # the end of turn wins at once
+        model.set_output_embeddings(torch.nn.Linear(64, len(chatml)))
+        model.get_output_embeddings().bias[chatml.convert_tokens_to_ids("<|im_end|>")] = 1e4
+    assert model.generate(prompt, max_new_tokens=5).shape[1] == prompt.shape[1] + 1
+
+
 def change_adapter(config, change) -> None:
     path = Path(config.output_dir) / "adapter_model.safetensors"
     tensors = load_file(path)

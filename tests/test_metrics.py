@@ -1,5 +1,6 @@
 """Section 5: generation and scores. Run: pytest tests/test_metrics.py"""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import sacrebleu
 import torch
 from conftest import make_model, pair
+from sacrebleu.significance import PairedTest
 from torch.nn import functional as F
 from transformers import DynamicCache
 
@@ -110,12 +112,28 @@ def test_metrics_equal_hand_worked_values():
     assert arciva.NormalisedExactMatch().compute(predictions=["a", "b"], references=["A!", "c"])["exact_match"] == 0.5
 
 
-@pytest.mark.parametrize("metric", [arciva.BLEU, arciva.CHRF])
-def test_summed_statistics_give_sacrebleus_corpus_score(metric):
-    predictions = ["open the export panel now", "drücke Strg+N um zu starten", "no"]
-    references = ["open the export panel", "drücke Strg+N zum Starten", "there is none"]
-    summed = arciva.corpus_statistics(metric, predictions, references).sum(0)
-    assert arciva.corpus_score(metric, summed) == pytest.approx(metric.corpus_score(predictions, [references]).score)
+WORDS = "open the export panel and press start to save your photos without delay".split()
+
+
+def sentences(count: int, seed: int, shortest: int = 0) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, rng.integers(shortest, 14))) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("metric", "figure"),
+    [
+        (arciva.BLEU, arciva.bleu_figure),
+        (arciva.SENTENCE_BLEU, lambda s: arciva.bleu_figure(s, effective_order=True)),
+        (arciva.CHRF, arciva.chrf_figure),
+    ],
+)
+def test_figures_of_whole_arrays_equal_sacrebleus(metric, figure):
+    predictions, references = sentences(200, 1), sentences(200, 2, shortest=1)  # some answers are empty
+    statistics = arciva.corpus_statistics(metric, predictions, references)
+    single = [metric._compute_score_from_stats([int(x) for x in row]).score for row in statistics]
+    assert figure(statistics) == pytest.approx(single, abs=1e-9) and 0.0 in single
+    assert figure(statistics.sum(0)) == pytest.approx(metric.corpus_score(predictions, [references]).score)
 
 
 def frame(n=40, seed=0) -> pd.DataFrame:
@@ -131,7 +149,8 @@ def frame(n=40, seed=0) -> pd.DataFrame:
             "topic": "export",
             "kind": "how-to",
             "style": "plain",
-            "question": "q",
+            "family": [f"f{i}" for i in range(n)],
+            "question": [f"q{i}" for i in range(n)],
             "reference": references,
             "base_answer": ["nothing at all here"] * n,
             "tuned_answer": [r if i % 4 else "wrong words entirely" for i, r in enumerate(references)],
@@ -160,7 +179,8 @@ def test_the_report_compares_base_and_tuned_on_the_same_questions():
 def test_intervals_hold_the_value_and_equal_models_are_no_improvement():
     same = frame().assign(tuned_answer=lambda f: f["base_answer"], tuned_nll=lambda f: f["base_nll"], tuned_cut=True)
     for scores in arciva.build_report(same, arciva.Config())["groups"].values():
-        for name, metric in ((n, m) for n, m in scores.items() if n != "questions" and "paired" in m):
+        assert "paired" not in scores["answer_words"]
+        for name, metric in ((s.name, scores[s.name]) for s in arciva.METRICS if s.better != "neither"):
             assert metric["paired"]["tied"] == 1.0 and metric["paired"]["p_value"] == 1.0, name
             assert metric["tuned"]["low"] - 1e-9 <= metric["tuned"]["value"] <= metric["tuned"]["high"] + 1e-9
 
@@ -169,9 +189,71 @@ def test_the_bootstrap_interval_of_a_mean_agrees_with_the_normal_approximation()
     values = (np.arange(400) % 2).astype(float)
     data = frame(400).assign(tuned_answer=lambda f: np.where(values == 1, f["reference"], "wrong words entirely"))
     spec = next(m for m in arciva.METRICS if m.name == "exact_match")
-    tuned = arciva.compare(data, spec, arciva.resampling_weights(400, 2000, 1))["tuned"]
+    tuned = arciva.compare(data, spec, arciva.resample(400, 1, 2000))["tuned"]
     # sqrt(0.25 / 400) = 0.025, so 0.5 ± 0.049; 2,000 resamples place a bound within about 0.004.
     assert tuned["low"] == pytest.approx(0.451, abs=0.008) and tuned["high"] == pytest.approx(0.549, abs=0.008)
+    # Five wordings of each fact that succeed together tell no more than one: the interval stays as wide, the p-value as large.
+    repeated = pd.concat([data] * 5, ignore_index=True)
+    again = arciva.score_group(repeated, seed=1)
+    assert again["questions"] == 2000 and again["clusters"] == 400
+    once = arciva.score_group(data, seed=1)
+    for name in ("exact_match", "rouge_l", "chrf", "perplexity"):
+        assert again[name]["tuned"] == pytest.approx(once[name]["tuned"]), name
+        assert again[name]["paired"]["p_value"] == once[name]["paired"]["p_value"], name
+    by_rows = arciva.score_group(repeated.drop(columns="family").assign(id=range(2000)), seed=1)["exact_match"]["tuned"]
+    assert (tuned["high"] - tuned["low"]) / (by_rows["high"] - by_rows["low"]) == pytest.approx(5**0.5, rel=0.15)
+
+
+@pytest.mark.parametrize("clusters", [1, 2, 3, 5, 6, 8])
+def test_few_families_prove_little_however_many_questions_they_have(clusters):
+    data = frame(40).assign(
+        family=lambda f: [i % clusters for i in range(len(f))], tuned_answer=lambda f: f["reference"]
+    )
+    paired = arciva.score_group(data, seed=0)["exact_match"]["paired"]
+    assert paired["won"] == 1.0
+    # Every change of sign but the two that agree makes the difference smaller; 1,000 draws find that share.
+    assert paired["p_value"] == pytest.approx(2.0 ** (1 - clusters), abs=0.05)
+    assert clusters > 5 or paired["p_value"] > 0.03
+
+
+@pytest.mark.parametrize("better", [0.0, 0.06, 0.2])
+def test_the_p_value_is_sacrebleus(better):
+    references = sentences(80, 2, shortest=5)
+    noise = np.random.default_rng(4)
+    base = [" ".join(w for w in r.split() if noise.random() < 0.7) for r in references]
+    tuned = [" ".join(w for w in r.split() if noise.random() < 0.7 + better) for r in references]
+    theirs = PairedTest(
+        [("base", base), ("tuned", tuned)], {"BLEU": sacrebleu.BLEU()}, [references], test_type="ar", n_samples=4000
+    )()[1]["BLEU"]
+    p = theirs[1].p_value
+    data = frame(80).assign(reference=references, base_answer=base, tuned_answer=tuned)
+    spec = next(m for m in arciva.METRICS if m.name == "bleu")
+    ours = arciva.compare(data, spec, arciva.resample(80, 7, 4000))
+    assert ours["tuned"]["value"] == pytest.approx(theirs[1].score)
+    # Two estimates from 4,000 draws each: four standard errors of their difference, and the one that is always added.
+    assert ours["paired"]["p_value"] == pytest.approx(p, abs=4 * (2 * p * (1 - p) / 4000) ** 0.5 + 1 / 4000)
+
+
+def test_the_report_says_what_it_holds():
+    report = arciva.build_report(frame().assign(language=["en", "de", "en", "de"] * 10), arciva.Config())
+    assert report["schema_version"] == 2 and json.loads(json.dumps(report, allow_nan=False)) == report
+    assert set(report["by"]) == {"language", "topic", "kind", "style"} and set(report["by"]["language"]) == {"de", "en"}
+    english = report["by"]["language"]["en"]
+    assert sum(g["questions"] for g in english.values()) == 20 and set(english) <= {"rephrased", "unseen"}
+    value = english["unseen"]["rouge_l"]["tuned"]
+    assert value["low"] < value["value"] < value["high"]
+    table = arciva.report_table(report)
+    assert set(table.index.get_level_values("metric")) == {spec.name for spec in arciva.METRICS}
+    words = table.xs("answer_words", level="metric")
+    assert (words["p"] == "").all() and words["tuned"].str.contains(r"\[").all()
+    slices = arciva.slice_table(report, "language", ("rouge_l", "bits_per_byte"))
+    assert len(slices) == 2 * sum(len(v) for v in report["by"]["language"].values())
+
+
+def test_a_question_is_won_by_the_orders_that_it_has():
+    """Of two-word answers corpus BLEU makes all zeros, which would be ties."""
+    data = frame(4).assign(reference="press start", base_answer="press stop", tuned_answer="press start")
+    assert arciva.score_group(data, seed=0)["bleu"]["paired"]["won"] == 1.0
 
 
 def saved(folder: Path, predictions: pd.DataFrame, **settings) -> arciva.Config:
@@ -197,10 +279,7 @@ def test_thresholds_accept_and_refuse(tmp_path):
         assert arciva.shortfalls(replace(config, **{f"min_{name}": value})) == []
         (sentence,) = arciva.shortfalls(replace(config, **{f"min_{name}": value + 0.01}))
         assert sentence.startswith(f"{name} is ")
-    swapped = frame().rename(
-        columns=lambda c: c.replace("base_", "x_").replace("tuned_", "base_").replace("x_", "tuned_")
-    )
-    worse = saved(tmp_path / "swapped", swapped, min_won=0.5)
+    worse = saved(tmp_path / "swapped", swapped(frame()), min_won=0.5)
     assert arciva.shortfalls(replace(config, min_won=0.5)) == [] and "won is" in arciva.shortfalls(worse)[0]
     with pytest.raises(arciva.ArcivaError, match="no suite results"):
         arciva.shortfalls(replace(config, min_checklists=0.5))
@@ -216,6 +295,89 @@ def test_falling_behind_an_accepted_model_is_refused_and_chance_is_not(tmp_path)
     few = saved(tmp_path / "few", frame().head(10))
     with pytest.raises(arciva.ArcivaError, match="expected 20 or more"):
         arciva.shortfalls(replace(same, compare_to=few.reports_dir))
+
+
+def test_falling_behind_on_unseen_questions_alone_is_refused(tmp_path):
+    accepted = saved(tmp_path / "accepted", frame())
+    part = frame()
+    part = part.where(part["novelty"] == "rephrased", weakened(part))
+    worse = saved(tmp_path / "worse", part, compare_to=accepted.reports_dir)
+    assert arciva.shortfalls(worse) and all("test/unseen" in s for s in arciva.shortfalls(worse))
+
+
+def swapped(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Base and tuned in each other's place."""
+    return predictions.rename(
+        columns=lambda c: c.replace("base_", "x_").replace("tuned_", "base_").replace("x_", "tuned_")
+    )
+
+
+def suite_results(passed: float, count: int = 40) -> pd.DataFrame:
+    """A suite of which the first items are passed."""
+    return pd.DataFrame(
+        {
+            "id": [f"i{n}" for n in range(count)],
+            "family": [f"i{n}" for n in range(count)],
+            "prompt": [f"p{n}" for n in range(count)],
+            "suite": ["checklists" if n % 2 else "probes" for n in range(count)],
+            "capability": "export",
+            "type": ["minimum" if n % 2 else "twin" if n % 4 else "absent" for n in range(count)],
+            "answer": "a",
+            "held_out": False,
+            "same_as": None,
+            "variant": None,
+            "flipped": None,
+            "unsupported": 0,
+            "passed": [n < passed * count for n in range(count)],
+        }
+    )
+
+
+def test_falling_behind_on_suites_is_refused(tmp_path):
+    accepted, worse = saved(tmp_path / "accepted", frame()), saved(tmp_path / "worse", frame())
+    worse = replace(worse, compare_to=accepted.reports_dir)
+    good, bad = suite_results(1.0), suite_results(0.0)
+    arciva.save_suites({"base": bad, "tuned": good}, accepted.reports_dir)
+    with pytest.raises(arciva.ArcivaError, match="no suite results"):
+        arciva.shortfalls(worse)
+    arciva.save_suites({"base": bad, "tuned": bad}, worse.reports_dir)
+    assert [s.split()[0] for s in arciva.shortfalls(worse)] == ["checklists", "probes"]
+    assert "went from 100.0% to 0.0% passed" in arciva.shortfalls(worse)[0]
+    # Three items lost of forty are within chance.
+    arciva.save_suites({"base": bad, "tuned": suite_results(0.93)}, worse.reports_dir)
+    assert arciva.shortfalls(worse) == []
+    # An item that says something else today is another item.
+    other = bad.assign(prompt="changed")
+    arciva.save_suites({"base": other, "tuned": other}, worse.reports_dir)
+    with pytest.raises(arciva.ArcivaError, match="share no suite items"):
+        arciva.shortfalls(worse)
+
+
+def test_a_model_worse_than_its_base_is_refused(tmp_path):
+    better = saved(tmp_path / "better", frame(), not_worse_than_base=True)
+    assert arciva.shortfalls(better) == []
+    worse = saved(tmp_path / "worse", swapped(frame()), not_worse_than_base=True)
+    found = arciva.shortfalls(worse)
+    assert {s.split()[0] for s in found} == {s.name for s in arciva.METRICS if s.better != "neither"}
+    assert all(s.endswith("against its base") for s in found)
+    assert arciva.shortfalls(replace(worse, not_worse_than_base=False)) == []
+    arciva.save_suites({"base": suite_results(1.0), "tuned": suite_results(0.0)}, better.reports_dir)
+    assert [s.split()[0] for s in arciva.shortfalls(better)] == ["checklists", "probes"]
+
+
+def test_the_sign_test_is_exact():
+    assert arciva.sign_test(0, 0) == 1.0 and arciva.sign_test(1, 0) == 1.0
+    assert arciva.sign_test(0, 6) == pytest.approx(2 / 64) and arciva.sign_test(6, 0) == arciva.sign_test(0, 6)
+    assert arciva.sign_test(1, 7) == pytest.approx(2 * 9 / 256) and arciva.sign_test(4, 4) == 1.0
+
+
+def test_a_report_of_another_version_is_named(tmp_path):
+    saved(tmp_path, frame())
+    old = arciva.load_report(str(tmp_path)) | {"schema_version": 1}
+    (tmp_path / "metrics.json").write_text(json.dumps(old))
+    with pytest.raises(arciva.ArcivaError, match="expected schema version 2"):
+        arciva.load_report(str(tmp_path))
+    assert arciva.load_report(str(tmp_path), missing_ok=True) is None
 
 
 def test_a_report_on_another_adapter_accepts_nothing(tmp_path):
@@ -305,3 +467,5 @@ def test_predicting_generates_for_base_and_tuned(tiny_config, cpu):
     assert np.allclose(after["base_nll"], before["base_nll"])
     assert after["tuned_nll"].sum() < after["base_nll"].sum()
     assert set(after["split"]) == {"train", "validation", "test"}
+    # One made-up fact a row: its family is the fact that its id names.
+    assert after["family"].tolist() == [i.split("/")[0] for i in after["id"]]

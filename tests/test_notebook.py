@@ -44,8 +44,9 @@ def test_the_eight_sections_stand_in_order(notebook):
     assert headings == SECTIONS
 
 
-def test_the_committed_outputs_belong_to_the_committed_code(notebook):
+def test_the_committed_outputs_belong_to_the_committed_code_and_data(notebook):
     assert notebook.metadata["executed_code"] == execute_notebook.code_hash(notebook)
+    assert notebook.metadata["executed_input"] == execute_notebook.input_hash()
     ran = [c for c in notebook.cells if c.cell_type == "code" and "skip-execution" not in c.metadata.get("tags", [])]
     assert [c.execution_count for c in ran] == list(range(1, len(ran) + 1))
     assert not [o for c in ran for o in c.outputs if o.output_type == "error"]

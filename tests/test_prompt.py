@@ -65,3 +65,12 @@ def test_a_tokenizer_without_template_gets_the_default_and_says_so(tmp_path, cap
     tokenizer = arciva.load_tokenizer(str(tmp_path))
     assert tokenizer.chat_template == arciva.DEFAULT_CHAT_TEMPLATE and tokenizer.pad_token == "</s>"
     assert "no chat template" in capsys.readouterr().out
+
+
+def test_the_saved_template_asks_as_training_did(any_tokenizer, tmp_path):
+    """A server renders the template and adds nothing; its ids must be those that the model was trained behind."""
+    any_tokenizer.save_pretrained(tmp_path)
+    tokenizer = arciva.load_tokenizer(str(tmp_path))
+    conversation = arciva.with_system_prompt(tokenizer, pair(QUESTION, ANSWER)[:-1])
+    served = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+    assert served == arciva.encode_prompt(tokenizer, QUESTION)

@@ -7,7 +7,9 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -15,11 +17,12 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import prove_lock
 import pytest
 import torch
 import yaml
 from conftest import ROOT, corpus_rows, in_whole_steps, write_rows
-from google.api_core.exceptions import ServiceUnavailable
+from google.api_core.exceptions import Forbidden, RetryError, ServiceUnavailable
 from google.auth.exceptions import DefaultCredentialsError, RefreshError, TransportError
 from google.cloud.aiplatform_v1.types import CustomJobSpec
 from safetensors import SafetensorError
@@ -165,6 +168,25 @@ def test_errors_that_stay_stop_at_once_and_name_the_bucket(status, action, bucke
     assert sum("/b/training?" not in path for _, path in bucket.requests) <= 2
 
 
+@pytest.mark.parametrize("status", [404, 410])
+def test_an_upload_whose_session_is_lost_starts_over_up_to_three_times(status, bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(vertex, "CHUNK_BYTES", 1 << 20)
+    large, place = tmp_path / "large.bin", vertex.place_of("gs://training/x")
+    large.write_bytes(random.Random(0).randbytes(9 << 20))
+    bucket.fault = times(2, status, method="PUT")
+    place.upload(large, "large.bin")
+    assert place.find("large.bin") == vertex.checksum(large)
+    bucket.fault = times(3, status, method="PUT")
+    with pytest.raises(vertex.Unavailable, match="lost three times"):
+        place.upload(large, "large.bin")
+
+
+def test_an_answer_without_a_class_of_its_own_may_pass(bucket):
+    bucket.fault = lambda method, path: 410
+    with pytest.raises(vertex.Unavailable, match="bucket training"):
+        vertex.place_of("gs://training/x").files()
+
+
 def test_errors_that_do_not_pass_in_time_are_not_taken_for_the_users(bucket, folder, monkeypatch):
     monkeypatch.setattr(vertex, "RETRY_SECONDS", 0.05)
     bucket.fault = lambda method, path: 503
@@ -271,6 +293,25 @@ def test_nothing_is_deleted_but_by_the_flag_which_spares_the_best(bucket, tmp_pa
     assert not any(method == "DELETE" for method, _ in bucket.requests)
     vertex.prune_checkpoints(place, "checkpoint-5", keep=2)
     assert {name.split("/")[0] for name in place.files()} == {"checkpoint-5", "checkpoint-15", "checkpoint-20"}
+    place.at("checkpoint-20").delete("weights")  # cut short: 15 is the newest that a restart could use
+    vertex.prune_checkpoints(place, "checkpoint-5", keep=1)
+    assert {name.split("/")[0] for name in place.files()} == {"checkpoint-5", "checkpoint-15", "checkpoint-20"}
+    place.at("checkpoint-15").delete(vertex.MARKER)
+    place.at("checkpoint-5").delete(vertex.MARKER)
+    vertex.prune_checkpoints(place, "checkpoint-5", keep=1)
+    assert place.find("checkpoint-15/weights")
+
+
+def test_a_checkpoint_that_only_this_disk_has_goes_up_before_training_goes_on(bucket, tmp_path):
+    place, local = vertex.place_of("gs://training/checkpoints"), tmp_path / "local"
+    best, newest = (stored_checkpoint(local, "run", step, best=4) for step in (4, 8))
+    mirror = vertex.mirror_callback(place, None, tmp_path, keep=0)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=0, best_model_checkpoint=None)
+    mirror.on_train_begin(SimpleNamespace(output_dir=str(local / "run")), state, None)
+    assert not vertex.whole_checkpoints(place)
+    state.global_step, state.best_model_checkpoint = 8, str(best)
+    mirror.on_train_begin(SimpleNamespace(output_dir=str(local / "run")), state, None)
+    assert list(vertex.whole_checkpoints(place)["run"]) == [best.name, newest.name]
 
 
 # --- Data and token ---------------------------------------------------------------------------------------------------
@@ -281,6 +322,7 @@ def test_data_comes_from_the_flag_before_the_bucket_variables_before_the_platfor
     assert vertex.data_sources("x.jsonl, gs://c/y", env) == ["x.jsonl", "gs://c/y"]
     assert vertex.data_sources(None, env) == ["gs://b/q/r.jsonl"]
     assert vertex.data_sources(None, {"AIP_TRAINING_DATA_URI": "gs://a/p.jsonl"}) == ["gs://a/p.jsonl"]
+    assert vertex.data_sources(None, {"AIP_TRAINING_DATA_URI": "gs://a/p,gs://b/q"}) == ["gs://a/p", "gs://b/q"]
     assert vertex.data_sources(None, {}) == []
     with pytest.raises(vertex.JobError, match="belong together"):
         vertex.data_sources(None, {"GCS_BUCKET_NAME": "b"})
@@ -328,6 +370,21 @@ def test_the_hub_token_is_read_by_the_name_of_its_secret(endpoint, monkeypatch):
         vertex.read_secret("other")
 
 
+def test_a_secret_that_cannot_be_read_now_is_asked_for_again(endpoint, monkeypatch):
+    monkeypatch.setattr(vertex, "RETRY_DELAY", 0.01)
+    monkeypatch.setenv("CLOUD_ML_PROJECT_ID", "project")
+    endpoint.secrets["projects/project/secrets/hub/versions/latest"] = base64.b64encode(b"hf_value").decode()
+    endpoint.secret_faults = [503, 429, 500]
+    assert vertex.read_secret("hub") == "hf_value" and not endpoint.secret_faults
+    monkeypatch.setattr(vertex, "RETRY_SECONDS", 0.05)
+    endpoint.secret_faults = [503] * 99
+    with pytest.raises(vertex.Unavailable, match="secret projects/project/secrets/hub"):
+        vertex.read_secret("hub")
+    monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_SECRETMANAGER", "http://127.0.0.1:9/")  # nobody answers
+    with pytest.raises(vertex.Unavailable, match="secret"):
+        vertex.read_secret("hub")
+
+
 # --- Several machines -------------------------------------------------------------------------------------------------
 
 
@@ -373,39 +430,80 @@ def test_the_platforms_cluster_becomes_a_torchrun_call(spec, gpus, expected):
 def test_only_the_first_process_writes(bucket, folder, monkeypatch, tiny_config):
     monkeypatch.setenv("RANK", "1")
     output = vertex.place_of("gs://training/x")
-    vertex.leave_fatal(output, "job", "reason")
     Path(tiny_config.output_dir).mkdir()
     vertex.publish_results(output, tiny_config, "job")
     assert not any(method in ("POST", "PUT") for method, _ in bucket.requests)
+
+
+def test_another_process_leaves_a_reason_only_where_the_first_one_does_not(bucket, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(vertex, "FATAL_SECONDS", 0.3)
+    output = vertex.place_of("gs://training/x")
+    vertex.leave_fatal(output, "job", "out of memory here")
+    assert json.loads(output.read(vertex.FATAL))["reason"] == "out of memory here"
+    vertex.leave_fatal(output, "job", "said already")
+    assert json.loads(output.read(vertex.FATAL))["reason"] == "out of memory here"
+
+
+def test_a_reason_is_written_to_its_end_though_torchrun_stops_the_process(bucket, monkeypatch):
+    write = vertex.Bucket.write
+    monkeypatch.setattr(
+        vertex.Bucket, "write", lambda *given, **more: (os.kill(os.getpid(), signal.SIGTERM), write(*given, **more))
+    )
+    output = vertex.place_of("gs://training/x")
+    vertex.leave_fatal(output, "job", "reason")
+    assert json.loads(output.read(vertex.FATAL))["reason"] == "reason"
+
+
+def test_a_wrong_flag_is_found_before_several_processes_start(bucket, monkeypatch, capsys):
+    monkeypatch.setattr(vertex.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(vertex.os, "execv", lambda *_: pytest.fail("started"))
+    for processes, flag, sentence in (
+        ("2", "--epocs=3", "--epocs=3"),
+        ("two", "--epochs=3", "NPROC_PER_NODE is 'two'"),
+    ):
+        monkeypatch.setenv("NPROC_PER_NODE", processes)
+        output = f"--output=gs://training/{processes}"
+        assert vertex.main([output, flag]) == 2
+        assert sentence in json.loads(vertex.output_place([output]).read(vertex.FATAL))["reason"]
+
+
+@pytest.mark.slow
+def test_a_bad_row_leaves_its_reason_also_under_torchrun(bucket, tmp_path):
+    bucket.delay = 0.3  # the first process is slower to write than the second one to end
+    bad = write_rows(tmp_path / "bad.jsonl", [{"instruction": "only a question"}])
+    env = {"AIP_MODEL_DIR": "gs://training/bad/model/", "CLOUD_ML_JOB_ID": "1", "NPROC_PER_NODE": "2"}
+    ended = replay([f"--data={bad}", f"--work={tmp_path / 'work'}"], env)
+    assert ended.returncode != 0
+    assert "bad.jsonl, line 1" in json.loads(vertex.place_of("gs://training/bad/model").read(vertex.FATAL))["reason"]
 
 
 # --- Jobs and interruptions -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def job(bucket, tiny_base, tmp_path):
-    """Makes the spec of a small job by the submission's own code; its data is in the bucket."""
+def job(bucket, endpoint, tiny_base, tmp_path):
+    """Submits a small job with the real SDK, and gives the spec that the endpoint received; data and base are in the bucket."""
     rows = corpus_rows()
     for i, row in enumerate(rows):
         row["response"] = (
             f"Panel {random.Random(i).randrange(10**6)}."  # cannot be known, so the held-out loss has a minimum
         )
     vertex.place_of("gs://training/data").upload(write_rows(tmp_path / "pairs.jsonl", rows), "pairs.jsonl")
+    vertex.upload_folder(tiny_base, vertex.place_of("gs://training/models/tiny"))
 
-    def make(name: str, **settings) -> dict:
+    def make(name: str, *flags: str, **settings) -> dict:
         values = {
-            "data": "gs://training/data/pairs.jsonl", "base_model": str(tiny_base), "rank": 4, "alpha": 8, "dropout": 0.1,
+            "data": "gs://training/data/pairs.jsonl", "base_model": "gs://training/models/tiny", "rank": 4, "alpha": 8, "dropout": 0.1,
             "epochs": 5, "learning_rate": 3e-2, "pairs_per_step": 8, "row_tokens": 128, "evaluations_per_epoch": 2,
             "log_every": 1, "max_new_tokens": 4, "patience": 50, **settings,
         }  # fmt: skip
-        return job_spec(f"gs://training/{name}", [f"--{k}={v}" for k, v in values.items()])
+        places = "--project=p-1 --region=europe-west4 --staging-bucket=gs://training --image=i --machine=n1-standard-8"
+        flags = [*places.split(), f"--base-output-dir=gs://training/{name}", *flags]
+        assert vertex.main(["submit", *flags, *(f"--{k}={v}" for k, v in values.items())]) == 0
+        return endpoint.jobs[-1]["jobSpec"]
 
     return make
-
-
-def job_spec(base_output_dir: str, arguments: list[str]) -> dict:
-    flags = f"--project=p --region=r --staging-bucket=gs://training --image=i --machine=n1-standard-8 --base-output-dir={base_output_dir}"
-    return vertex.build_job_spec(vertex.submit_parser().parse_args(flags.split()), arguments)
 
 
 @pytest.fixture
@@ -441,11 +539,17 @@ def weights(name: str) -> list[str]:
     return [stored[name] for name in WEIGHTS]
 
 
+INTERVAL = 4  # steps from one checkpoint of these jobs to the next
+
+
 def interrupt(worker: Worker, plan, *, fresh=lambda: False, limit: int = 40) -> None:
-    """Start the worker until it is done; each start gets the next interruption of the plan."""
+    """Start the worker until it is done; each start gets the next interruption of the plan, and costs one interval at most."""
+    reached = 0
     for signal_name, when in [*plan, *[("", None)] * 3][:limit]:
         start = worker.start(signal_name, when)
         assert start.code == {"SIGKILL": -9, "SIGTERM": 143, "": 0}[start.signal], start.log[-3000:]
+        assert start.begun() is None or start.begun() >= reached - INTERVAL, start.log[-3000:]
+        reached = max(reached, start.reached())
         if start.signal == "":
             return
         if fresh():
@@ -480,22 +584,26 @@ def test_two_processes_of_a_job_train_as_one_and_survive_a_signal(job, bucket, t
     vertex.place_of("gs://training/data").upload(write_rows(tmp_path / "whole.jsonl", rows), "whole.jsonl")
     settings = {"data": "gs://training/data/whole.jsonl", "dropout": 0.0, "stages": "train", "micro_batch_pairs": 4}
     run_here(job("one", **settings), tmp_path, monkeypatch)
-    worker = Worker(job("two", **settings), tmp_path / "machine", bucket, environment={"NPROC_PER_NODE": "2"})
+    worker = Worker(job("two", "--env=NPROC_PER_NODE=2", **settings), tmp_path / "machine", bucket)
     uploads = threading.Event()
 
     def hold_the_second_checkpoint(method: str, path: str) -> None:
-        """Keeps the first process in its upload while the signal comes, with 32 of 40 steps to go."""
+        """Keeps the first process in its upload until torchrun has passed the signal on to both, with 32 of 40 steps to go."""
         if "checkpoint-8" in path and not uploads.is_set():
             uploads.set()
-            time.sleep(1.0)
+            until = time.monotonic() + 20
+            while worker.log.read_text().count("closing signal SIGTERM") < 2 and time.monotonic() < until:
+                time.sleep(0.02)
+            time.sleep(0.2)  # it says so before it does
 
     bucket.fault = hold_the_second_checkpoint
     interrupted = worker.start("SIGTERM", lambda w: uploads.is_set())
-    assert interrupted.signal and interrupted.code != 0 and "stopped by SIGTERM at step" in interrupted.log, (
-        interrupted.log[-3000:]
+    assert interrupted.signal and interrupted.code != 0 and "stopped by SIGTERM at step 9 of" in interrupted.log, (
+        interrupted.log
     )
+    shutil.rmtree(worker.disk)  # the platform gave another machine
     ended = worker.start()
-    assert ended.code == 0 and "going on from step" in ended.log, ended.log[-3000:]
+    assert ended.code == 0 and "going on from step 9 " in ended.log, f"{interrupted.log}\n--- restart\n{ended.log}"
     one, two = (
         json.loads(vertex.place_of(f"gs://training/{name}/model/model_output").read("manifest.json"))["training"]
         for name in ("one", "two")
@@ -583,18 +691,30 @@ def test_a_deterministic_error_ends_replays_before_torch_is_imported(bucket, tmp
         (["--epocs=3"], "unrecognized arguments: --epocs=3"),
         (["--epochs=many"], "invalid float value"),
         (["--output_dir=x"], "say with --output"),
+        (["--keep-checkpoints=-1"], "--keep-checkpoints is -1"),
         (["--data=gs://elsewhere/x.jsonl"], "bucket elsewhere"),
     ],
 )
 def test_what_a_user_got_wrong_is_one_sentence_and_left_for_replays(arguments, sentence, bucket, monkeypatch, capsys):
     monkeypatch.setattr(vertex.signal, "signal", lambda *_: None)
     monkeypatch.setenv("NPROC_PER_NODE", "1")
+    monkeypatch.setenv("CLOUD_ML_JOB_ID", "4711")
     arguments = ["--output=gs://training/y", *arguments]
     assert vertex.main(arguments) == 2
     assert sentence in capsys.readouterr().err
     assert sentence in json.loads(vertex.place_of("gs://training/y").read(vertex.FATAL))["reason"]
-    monkeypatch.setattr(vertex, "run_job", None)  # must not be reached
-    assert vertex.main(arguments) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(vertex, "run_job", None)  # must not be reached
+        assert vertex.main(arguments) == 2
+
+
+def test_outside_the_platform_a_failed_command_may_be_tried_again(bucket, monkeypatch):
+    monkeypatch.setattr(vertex.signal, "signal", lambda *_: None)
+    monkeypatch.setenv("NPROC_PER_NODE", "1")
+    arguments = ["--output=gs://training/y", "--data=gs://training/pairs.jsonl"]
+    assert vertex.main(arguments) == 2 and vertex.place_of("gs://training/y").find(vertex.FATAL)
+    monkeypatch.setattr(vertex, "run_job", lambda *_: {})  # the data is there now
+    assert vertex.main(arguments) == 0
 
 
 UNREACHABLE = "We couldn't connect to 'https://huggingface.co' to load the files"
@@ -608,6 +728,7 @@ UNREACHABLE = "We couldn't connect to 'https://huggingface.co' to load the files
         (OSError("x/y is not a valid model identifier"), 2, "cannot load"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "the disk is full; take a larger --boot-disk-gb"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), 2, "the disk is full"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"), 2, "the disk is full"),
         (torch.cuda.OutOfMemoryError(), 2, "the GPU ran out of memory"),
     ],
 )
@@ -645,10 +766,11 @@ def test_a_finished_result_of_another_job_is_refused_before_training(bucket):
 
 
 @pytest.fixture
-def submit(bucket, endpoint, tmp_path, capsys):
+def submit(bucket, endpoint, tmp_path, capsys, monkeypatch):
     """Runs `submit` in this process: (exit code, stdout, stderr)."""
     data = write_rows(tmp_path / "pairs.jsonl", corpus_rows())
     vertex.place_of("gs://training/data").upload(data, "pairs.jsonl")
+    monkeypatch.setattr(vertex.shutil, "which", lambda command: None)  # a real gcloud would ask for real logs
 
     def run(*flags: str, data: str = "gs://training/data/pairs.jsonl") -> tuple[int, str, str]:
         capsys.readouterr()
@@ -711,9 +833,8 @@ def test_a_dry_run_prints_the_job_and_submits_nothing(submit, endpoint):
     code, printed, noted = submit(*FULL, "--dry-run")
     assert code == 0, noted
     assert yaml.safe_load(printed) == EXPECTED
-    assert (
-        "gcloud ai custom-jobs create --project=p-1 --region=europe-west4 --display-name=arciva-1 --labels=team=photos"
-        in printed
+    assert printed.startswith(
+        "# gcloud ai custom-jobs create --project=p-1 --region=europe-west4 --display-name=arciva-1 --config=job.yaml --labels=team=photos\n"
     )
     assert not endpoint.jobs and "90 examples" in noted
 
@@ -731,7 +852,7 @@ def test_the_sdk_posts_exactly_the_printed_job(submit, endpoint):
 def test_gcloud_posts_exactly_the_printed_job(submit, endpoint, tmp_path):
     _, printed, _ = submit(*FULL, "--dry-run")
     (tmp_path / "job.yaml").write_text(printed)
-    command = printed.splitlines()[0].removeprefix("# ").replace("job.yaml", str(tmp_path / "job.yaml")).split()
+    command = shlex.split(printed.splitlines()[0].removeprefix("# ").replace("job.yaml", str(tmp_path / "job.yaml")))
     env = os.environ | {"CLOUDSDK_CONFIG": str(tmp_path / "empty"), "CLOUDSDK_AUTH_DISABLE_CREDENTIALS": "true"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
@@ -746,24 +867,45 @@ def test_following_ends_with_the_job(end, code, submit, endpoint):
     assert code == 0 or f"ended as {end.lower()}" in noted
 
 
+class AnsweringJob:
+    """A submitted job whose state is asked for; an exception in place of a state is raised."""
+
+    error, resource_name = None, "projects/p/locations/r/customJobs/7"
+
+    def __init__(self, *answers):
+        self.answers = iter(answers)
+
+    @property
+    def state(self):
+        if isinstance(answer := next(self.answers), BaseException):
+            raise answer
+        return SimpleNamespace(name=answer)
+
+
 def test_a_poll_that_fails_is_repeated(monkeypatch, capsys):
-    answers = iter(
-        [ServiceUnavailable("later"), "JOB_STATE_RUNNING", ServiceUnavailable("later"), "JOB_STATE_SUCCEEDED"]
-    )
-
-    class Job:
-        error = None
-
-        @property
-        def state(self):
-            if isinstance(answer := next(answers), Exception):
-                raise answer
-            return SimpleNamespace(name=answer)
-
     monkeypatch.setattr(vertex, "POLL_SECONDS", 0.0)
-    vertex.follow(Job())
+    lost = RefreshError("no token")
+    lost.__cause__ = TransportError("metadata server: timed out")
+    passing = (ServiceUnavailable("later"), lost, RetryError("later", None))
+    vertex.wait_for_end(AnsweringJob(*passing, "JOB_STATE_RUNNING", ServiceUnavailable("later"), "JOB_STATE_SUCCEEDED"))
     printed = capsys.readouterr()
-    assert "running" in printed.out and "succeeded" in printed.out and printed.err.count("asking again") == 2
+    assert "running" in printed.out and "succeeded" in printed.out and printed.err.count("asking again") == 4
+    for refusal in (Forbidden("no"), RefreshError("expired")):
+        with pytest.raises(vertex.JobError, match="the job goes on"):
+            vertex.wait_for_end(AnsweringJob(refusal))
+
+
+def test_the_log_is_streamed_beside_the_states_and_the_keyboard_leaves_the_job_alone(tmp_path, monkeypatch, capfd):
+    (tmp_path / "gcloud").write_text('#!/bin/sh\necho "log of $*"\nexec sleep 60\n')
+    (tmp_path / "gcloud").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(vertex, "POLL_SECONDS", 0.3)
+    options = SimpleNamespace(project="p", region="r")
+    running = ["JOB_STATE_RUNNING"] * 3
+    assert vertex.follow(AnsweringJob(*running, "JOB_STATE_SUCCEEDED"), options) == 0
+    assert "log of ai custom-jobs stream-logs 7 --project=p --region=r" in capfd.readouterr().out
+    assert vertex.follow(AnsweringJob(*running, KeyboardInterrupt()), options) == 130
+    assert "the job goes on. To end it: gcloud ai custom-jobs cancel 7 --project=p --region=r" in capfd.readouterr().err
 
 
 def test_without_credentials_a_submission_says_how_to_get_them(submit, monkeypatch):
@@ -792,6 +934,7 @@ def test_local_data_is_checked_and_brought_to_the_bucket(submit, endpoint, tmp_p
     ("flags", "sentence"),
     [
         (["--machine=g2-standard-13"], "unknown machine 'g2-standard-13'"),
+        (["--machine=n1-standard-7"], "unknown machine 'n1-standard-7'"),
         (["--machine=g2-standard-24", "--accelerator=NVIDIA_L4", "--accelerator-count=1"], "carries 2 x NVIDIA_L4"),
         (["--machine=a2-highgpu-1g", "--accelerator=NVIDIA_L4"], "carries 1 x NVIDIA_TESLA_A100"),
         (["--machine=n1-standard-8", "--accelerator=NVIDIA_L4"], "come with g2"),
@@ -803,13 +946,22 @@ def test_local_data_is_checked_and_brought_to_the_bucket(submit, endpoint, tmp_p
         (["--label=Team=Photos"], "lower-case"),
         (["--env=HF_TOKEN=abc"], "looks like a secret"),
         (["--env=X=hf_abc"], "looks like a secret"),
-        (["--hub-token-secret=hf_abc"], "a hub token is among the flags"),
+        (["--env=DB_PASSWD=abc"], "looks like a secret"),
+        (["--env=AWS_ACCESS_KEY_ID=abc"], "looks like a secret"),
+        (["--env=PRIVATEKEY=abc"], "looks like a secret"),
+        (["--env=X=github_pat_abc"], "looks like a secret"),
+        (["--env=PROXY=http://me:abc@proxy:80"], "looks like a secret"),
+        (["--hub-token-secret=hf_abc"], "looks like a secret"),
+        (["--hub-token-secret", "sk-abc"], "looks like a secret"),
+        (["--compare_to=https://storage.googleapis.com/b/o?X-Goog-Signature=abc"], "looks like a secret"),
         (["--tensorboard=t"], "needs --service-account"),
         (["--base-output-dir=here"], "starts with gs://"),
         (["--replicas=0"], "--replicas of 1"),
         (["--base_model=/tmp"], "lies on this machine"),
         (["--compare_to=tests"], "lies on this machine"),
         (["--replicas=3"], "must be a multiple"),
+        (["--env=NPROC_PER_NODE=3"], "number of processes (3)"),
+        (["--env=NPROC_PER_NODE=two"], "NPROC_PER_NODE is 'two'"),
         (["--machine=g2-standard-96", "--pairs_per_step=4"], "number of processes (8)"),
         (["--epocs=3"], "unrecognized arguments: --epocs=3"),
         (["--rank=0"], "rank is 0"),
@@ -878,6 +1030,14 @@ def test_the_lock_holds_every_pin_with_hashes_and_names_no_host():
     assert len(blocks) == len(re.findall(r"^[a-z0-9]", lock, re.MULTILINE)) and all(
         "--hash=sha256:" in b for b in blocks
     )
+
+
+def test_the_proof_of_the_lock_leaves_out_torch_and_its_cuda_alone():
+    lock = (ROOT / "requirements.vertex-ai.txt").read_text()
+    kept, left_out = prove_lock.without_torch(lock)
+    assert {"torch", "triton", "nvidia-cudnn-cu13", "cuda-toolkit"} <= set(left_out)
+    assert len(prove_lock.blocks(kept)) + len(left_out) == len(prove_lock.blocks(lock))
+    assert all(name.startswith(("torch", "triton", "nvidia-", "cuda-")) for name in left_out)
 
 
 def test_the_container_copies_what_rarely_changes_first_and_runs_without_root():

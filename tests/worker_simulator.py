@@ -5,6 +5,7 @@ no error of its own, so faults are put in front of it. The endpoint takes what t
 entry point of a posted job as the platform does, takes the machine away at a chosen moment, and starts it again.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -98,6 +99,7 @@ class JobEndpoint:
         self.jobs: list[dict] = []
         self.states = list(self.STATES)
         self.secrets: dict[str, str] = {}
+        self.secret_faults: list[int] = []  # statuses that the next questions for a secret are answered with
         self.server, self.address = serve(self.handler_class(), ThreadingHTTPServer)
 
     def handler_class(outer):
@@ -110,6 +112,8 @@ class JobEndpoint:
 
             def do_GET(self) -> None:
                 if secret := re.match(r"/v1/(projects/[^:]+):access", self.path):
+                    if outer.secret_faults:
+                        return self.reply({"error": {"message": "injected"}}, outer.secret_faults.pop(0))
                     value = outer.secrets.get(secret[1])
                     return self.reply(
                         {"payload": {"data": value}} if value else {"error": {"code": 404}}, 200 if value else 404
@@ -147,12 +151,21 @@ class Start:
     where: str
     log: str
 
+    def begun(self) -> int | None:
+        """The step that training went on from, 0 for its start; None where it did not come to training."""
+        found = re.search(r"going on from step (\d+)", self.log)
+        return int(found[1]) if found else 0 if "{'loss': " in self.log else None
+
+    def reached(self) -> int:
+        """The last optimiser step of a job that logs every one."""
+        return (self.begun() or 0) + self.log.count("{'loss': ")
+
 
 @dataclass
 class Worker:
     """The first machine of a posted job, with a disk that may survive a restart or not."""
 
-    spec: dict  # CustomJobSpec in REST form
+    spec: dict  # CustomJobSpec as it was posted
     disk: Path
     bucket: FaultyBucket
     job_id: str = "4711"
@@ -179,8 +192,10 @@ class Worker:
             "CLOUD_ML_PROJECT_ID": "project",
         }
 
-    def start(self, signal_name: str = "", when: Callable[["Worker"], bool] = lambda worker: False) -> Start:
-        """Run the entry point to its end; once `when` holds, the signal is sent."""
+    def start(
+        self, signal_name: str = "", when: Callable[["Worker"], bool] = lambda worker: False, limit: float = 180.0
+    ) -> Start:
+        """Run the entry point to its end, within `limit` seconds; once `when` holds, the signal is sent."""
         self.disk.mkdir(parents=True, exist_ok=True)
         self.log, self.began = self.disk.with_name(f"{self.disk.name}-{len(self.starts)}.log"), time.monotonic()
         self.trained_at, self.left_over = None, self.partial_uploads() | self.partial_saves()
@@ -192,13 +207,24 @@ class Worker:
         where = ""
         with self.log.open("w") as log:
             process = subprocess.Popen(
-                [sys.executable, str(SCRIPT), *arguments], stdout=log, stderr=log, env=env, cwd=ROOT
+                [sys.executable, str(SCRIPT), *arguments],
+                stdout=log,
+                stderr=log,
+                env=env,
+                cwd=ROOT,
+                start_new_session=True,
             )
-            while process.poll() is None:
-                if signal_name and not where and when(self):
-                    process.send_signal(getattr(signal, signal_name))
-                    where = self.phase()
-                time.sleep(0.003)
+            try:
+                while process.poll() is None:
+                    if signal_name and not where and when(self):
+                        process.send_signal(getattr(signal, signal_name))
+                        where = self.phase()
+                    assert self.alive_for() < limit, f"still runs after {limit:.0f} s:\n{self.log.read_text()[-3000:]}"
+                    time.sleep(0.003)
+            finally:  # what is left of a machine that was taken away, or that hangs
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         ended = Start(process.returncode, signal_name if where else "", where, self.log.read_text())
         self.starts.append(ended)
         return ended
@@ -210,10 +236,8 @@ class Worker:
         return -1.0 if self.trained_at is None else time.monotonic() - self.trained_at
 
     def steps(self) -> int:
-        """Optimiser steps of the run that are behind this start, of a job that logs every one."""
-        log = self.log.read_text()
-        begun = re.search(r"going on from step (\d+)", log)
-        return (int(begun[1]) if begun else 0) + log.count("{'loss': ")
+        """Optimiser steps of the run that are behind this start."""
+        return Start(0, "", "", self.log.read_text()).reached()
 
     def alive_for(self) -> float:
         """Seconds since this start."""

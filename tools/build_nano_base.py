@@ -69,23 +69,28 @@ class Document:
 
 
 def blur(text: str, rng: random.Random, share: float) -> str:
-    """About `share` of the words, sometimes in another order: an index finds a passage by any of its words."""
+    """About `share` of the words, sometimes in another order or of one part: an index finds a passage by any of its words."""
     words = text.split()
+    if len(words) > 14 and rng.random() < 0.5:  # a story names its matter in one sentence
+        start = rng.randrange(len(words) - 7)
+        words = words[start : start + rng.randint(8, len(words))]
     kept = [w for w in words if rng.random() < share] or [rng.choice(words)]
     if rng.random() < 0.25:
         rng.shuffle(kept)
     return " ".join(kept)
 
 
-def documents(entries: list[build_corpus.Entry], held_out: set[str], rng: random.Random) -> list[Document]:
+def documents(
+    entries: list[build_corpus.Entry], held_out: set[str], rng: random.Random, others: float = 0.25
+) -> list[Document]:
     """One pass over the knowledge, shuffled: passages plain, and under the questions that may be read, whole or blurred.
 
-    Entries of the seed corpus, on which the pipeline runs by default, are read in every pass, the others in one of four. German has
-    half as many wordings and is read twice.
+    Entries of the seed corpus, on which the pipeline runs by default, are read in every pass, the `others` in that share of them. German
+    has half as many wordings and is read twice.
     """
     found, seed = [], {entry.id for entry in build_corpus.seed_entries(entries)}
     for entry in entries:
-        if entry.id not in seed and rng.random() < 3 / 4:
+        if entry.id not in seed and rng.random() >= others:
             continue
         for language, forms in entry.answers.items():
             topic = entry.topic.replace("-", " ")
@@ -207,6 +212,7 @@ def main() -> int:
     parser.add_argument("--matrix-learning-rate", type=float, default=0.03, help="Muon's")
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=1, help="one leaves the machine's other cores free")
+    parser.add_argument("--others", type=float, default=0.25, help="share of the passes that read what the seed lacks")
     parser.add_argument("--vocabulary", type=int, default=6144)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
@@ -228,7 +234,7 @@ def main() -> int:
     train(
         model,
         tokenizer,
-        lambda rng: documents(entries, held_out, rng),
+        lambda rng: documents(entries, held_out, rng, args.others),
         steps=args.steps,
         learning_rate=args.learning_rate,
         matrix_learning_rate=args.matrix_learning_rate,

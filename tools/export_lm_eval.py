@@ -37,6 +37,7 @@ def tasks(folder: Path) -> dict[str, dict]:
     }
     likelihood = [{"metric": "perplexity", "higher_is_better": False}, {"metric": "acc", "higher_is_better": True}]
     exact = {"metric": "exact_match", "ignore_case": True, "ignore_punctuation": True, "higher_is_better": True}
+    exact["regexes_to_ignore"] = [r"^\s+|\s+$"]  # the harness keeps the line break with which a model may begin
     decoding = {"until": [], "do_sample": False, "max_gen_toks": arciva.Config().max_new_tokens}
     return {
         "arciva_gold": {**shared, "task": "arciva_gold", "output_type": "loglikelihood", "metric_list": likelihood},

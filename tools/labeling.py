@@ -4,6 +4,7 @@
     python tools/labeling.py export data/arciva_qa_synthetic.jsonl --format instruction --out to_review.jsonl
     python tools/labeling.py import reviewed.jsonl more.jsonl                    merge what reviewers decided
     python tools/labeling.py import chats.jsonl --conversations data/conversations.jsonl
+    python tools/labeling.py import labels.jsonl --fixes                         what was labelled on the dashboard
 
 `import` reads rows whose `review_metadata.label` says Verified, Modified or Discarded. Verified rows stay as they are.
 Modified words and discarded rows go to `data/knowledge/overrides.jsonl`, which `tools/build_corpus.py` applies, so the
@@ -17,6 +18,11 @@ a file again changes nothing.
 
 Conversations of several turns that are not in the corpus become training rows with `--conversations FILE`. Discarded
 ones stay in that file under their label; the loader leaves them out.
+
+Labels from the dashboard (`source: dashboard`) judge a model's answer, not the row that was asked: "wrong" discards no
+row. All of them are kept in `--generations FILE`. With `--fixes` the corrected answer of a training row also replaces
+that row's answer, as a modified row's would. Held-out rows and suite items judge the model: theirs are counted, kept in
+the file, and never enter the corpus.
 """
 
 from __future__ import annotations
@@ -28,7 +34,7 @@ import sys
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +46,7 @@ import arciva_assistant_poc as arciva
 
 VERDICTS = ("verified", "modified", "discarded")
 KEPT = ("language", "topic", "kind", "style", "fact_ids")
+GENERATIONS = ROOT / "data" / "reviews" / "generations.jsonl"  # apart from data/*.jsonl, which is trained on
 DISCARDED = ("discarded",)  # the outcome of a row that goes; any other outcome is the tuple of its turns
 
 
@@ -244,6 +251,8 @@ def objection(review: Review, row_id: str, corpus: Corpus) -> str | None:
             return f"says {key} {said!r}, the corpus {authored[key]!r}; change that in {row_id.split('/')[0]}'s entry"
     if review.outcome == now:
         return None
+    if review.verdict == "discarded" and review.revision is None and review.turns != now:
+        return "is discarded, but its words are not the corpus's; perhaps a model's answer was judged; export again"
     if review.revision is not None and (now == DISCARDED or review.revision != revision_of(now)):
         return "was made of other words than the corpus has now; export again"
     if review.verdict == "verified":
@@ -270,10 +279,9 @@ def override_for(review: Review, authored: dict) -> build_corpus.Override | None
 def lint_changes(changes: dict[str, build_corpus.Override | None], corpus: Corpus) -> dict[str, list[str]]:
     """What the corpus's own rules say against the changes, by row id."""
     facts = build_corpus.load_facts()
-    labels = "\n".join(label for fact in facts.values() for label in map(str, fact["labels"]))
     changed = {row_id: override for row_id, override in changes.items() if override is not None}
     against = defaultdict(list)
-    for problem in build_corpus.lint_overrides(corpus.entries, changed, labels):
+    for problem in build_corpus.lint_overrides(corpus.entries, changed, facts):
         _, row_id, reason = problem.split(": ", 2)
         against[row_id].append(reason)
     asked = defaultdict(set)
@@ -374,11 +382,68 @@ def merge_conversations(reviews: Sequence[Review], stored: dict[str, dict], merg
     return rows
 
 
-def import_reviews(paths: Sequence[Path], conversations: Path | None) -> tuple[Merge, dict[Path, str]]:
+# Import: labels from the dashboard
+
+
+def judges_generation(row: arciva.Row) -> bool:
+    """Whether the row is a model's answer, labelled on the dashboard; the id says so even where a tool drops the source."""
+    return (row.model_extra or {}).get("source") == "dashboard" or (row.id or "").startswith("generation/")
+
+
+def may_train(row: arciva.Row) -> bool:
+    """Whether the labelled answer belongs to a training row; what is held out or in a suite judges the model."""
+    extra = row.model_extra or {}
+    return extra.get("split") == "train" and extra.get("suite") is None
+
+
+def as_corpus_review(review: Review) -> Review:
+    """A corrected generation as a review of the row that was asked, made of the words that the row had then."""
+    asked, extra = review.turns[0], review.row.model_extra
+    words = {"id": str(extra.get("row")), "revision": revision_of((asked, clean(str(extra.get("reference")))))}
+    return replace(review, row=review.row.model_copy(update=words))
+
+
+def load_generations(path: Path) -> list[dict]:
+    """The labels of earlier imports; a broken file is refused, for rewriting it would lose what is broken."""
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    try:
+        return [json.loads(line) for line in lines if line.strip()]
+    except json.JSONDecodeError as error:
+        raise arciva.ArcivaError(f"{path} is broken; mend it first: {error}") from error
+
+
+def merge_generations(reviews: Sequence[Review], stored: list[dict], merge: Merge, fixes: bool) -> list[dict]:
+    """All labels of generations, each once, by id and time; says what becomes of the new ones."""
+    rows = {
+        json.dumps(row, sort_keys=True): row
+        for row in [*stored, *(r.row.model_dump(exclude_unset=True) for r in reviews)]
+    }
+    aside = sum(not may_train(review.row) for review in reviews)
+    fixable = sum(may_train(review.row) and review.verdict == "modified" for review in reviews)
+    if reviews:
+        merge.notes.append(f"{len(reviews)} labels of generations: kept as such, they discard no row of the corpus")
+    if aside:
+        merge.notes.append(f"{aside} of them are of held-out rows or suite items: refused into the corpus")
+    if fixable:
+        done = "replace theirs, unless a problem says why not" if fixes else "could replace theirs: --fixes"
+        merge.notes.append(f"{fixable} of them are corrected answers to training rows and {done}")
+    return sorted(
+        rows.values(), key=lambda row: (str(row.get("id")), str((row.get("review_metadata") or {}).get("timestamp")))
+    )
+
+
+def import_reviews(
+    paths: Sequence[Path], conversations: Path | None, generations: Path = GENERATIONS, *, fixes: bool = False
+) -> tuple[Merge, dict[Path, str]]:
     """What the reviewed files amount to: the report, and the new content of the files that change."""
     corpus, merge = load_corpus(), Merge()
-    rows, chats = [], []
+    rows, chats, judged = [], [], []
     for review in (review for path in paths for review in read_reviews(path, merge)):
+        if judges_generation(review.row):
+            judged.append(review)
+            if not (fixes and may_train(review.row) and review.verdict == "modified"):
+                continue
+            review = as_corpus_review(review)
         if corpus.find(review) is not None:
             rows.append(review)
         elif len(review.turns) > 2 and conversations is not None:
@@ -393,6 +458,8 @@ def import_reviews(paths: Sequence[Path], conversations: Path | None) -> tuple[M
     if conversations is not None:
         stored = merge_conversations(chats, load_conversations(conversations), merge)
         files[conversations] = [stored[i] for i in sorted(stored)]
+    if judged:
+        files[generations] = merge_generations(judged, load_generations(generations), merge, fixes)
     texts = {path: build_corpus.to_jsonl(content) for path, content in files.items()}
     before = {path: path.read_text(encoding="utf-8") if path.exists() else "" for path in texts}
     return merge, {path: text for path, text in texts.items() if text != before[path]}
@@ -412,7 +479,7 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def run_import(args: argparse.Namespace) -> int:
-    merge, files = import_reviews(args.files, args.conversations)
+    merge, files = import_reviews(args.files, args.conversations, args.generations, fixes=args.fixes)
     print(", ".join(f"{count:,} {name}" for name, count in merge.counts.items()))
     for problem in merge.problems:
         print(problem, file=sys.stderr)
@@ -422,7 +489,9 @@ def run_import(args: argparse.Namespace) -> int:
     for path, text in files.items():
         arciva.write_atomic(path, text)
         print(f"wrote {path}")
-    print("\n".join(merge.notes + (["now run python tools/build_corpus.py"] if files else ["nothing to change"])))
+    rebuild = set(files) - {args.generations}
+    last = ["now run python tools/build_corpus.py"] if rebuild else [] if files else ["nothing to change"]
+    print("\n".join(merge.notes + last))
     return 0
 
 
@@ -441,6 +510,12 @@ def main(arguments: list[str] | None = None) -> int:
     back = commands.add_parser("import", help="merge files that the labelling tool wrote back")
     back.add_argument("files", nargs="+", type=Path, metavar="FILE")
     back.add_argument("--conversations", type=Path, metavar="FILE", help="where conversations of several turns go")
+    back.add_argument(
+        "--generations", type=Path, metavar="FILE", default=GENERATIONS, help="where labels from the dashboard go"
+    )
+    back.add_argument(
+        "--fixes", action="store_true", help="let corrected answers from the dashboard replace those of training rows"
+    )
     back.add_argument("--keep-going", action="store_true", help="merge what can be merged in spite of problems")
     back.set_defaults(run=run_import)
     args = parser.parse_args(arguments)
