@@ -422,8 +422,8 @@ def check_config(config: Config, processes: int | None = None) -> None:
     for name in numbers.split():
         if not 0 < getattr(config, name) < math.inf:
             raise ArcivaError(f"{name} is {getattr(config, name)}, expected a number above 0")
-    below = {"dropout": 1, "warmup": 1, "max_grad_norm": math.inf, "micro_batch_pairs": math.inf, "seed": 2**32}
-    for name, limit in below.items():
+    upper = {"dropout": 1, "warmup": 1, "max_grad_norm": math.inf, "micro_batch_pairs": math.inf, "seed": 2**32}
+    for name, limit in upper.items():
         if not 0 <= getattr(config, name) < limit:  # also refuses NaN
             most = f" and below {limit}" if limit < math.inf else ""
             raise ArcivaError(f"{name} is {getattr(config, name)}, expected 0 or more{most}")
@@ -1403,7 +1403,7 @@ class MemoryPlan:
         )
         if not self.host_gib:
             return text
-        text += f"; loading takes up to {self.host_gib:.1f} GiB of {self.host_free_gib:.1f} GiB of the machine's memory"
+        text += f"; loading takes up to {self.host_gib:.2f} GiB of {self.host_free_gib:.1f} GiB of the machine's memory"
         enough = self.host_gib <= self.host_free_gib
         return text if enough else f"{text}, which may not do: choose a machine with more, or set USE_DEBUG_MODEL"
 
@@ -4175,7 +4175,7 @@ def merge_adapter(config: Config) -> Path:
 
 def unverified(config: Config) -> Config:
     """The same run with its merge in a hidden folder beside `merged_dir`, which it takes over once it is verified."""
-    place = Path(config.merged_dir).absolute()
+    place = Path(config.merged_dir)
     return replace(config, merged_dir=str(place.with_name(f".{place.name}.unverified")))
 
 
