@@ -3242,7 +3242,7 @@ def suite_matrix(results: pd.DataFrame) -> pd.DataFrame:
 
 
 # %%
-def share(summed: np.ndarray) -> np.ndarray:
+def rate(summed: np.ndarray) -> np.ndarray:
     """(…) first column over the second; not a number where there is nothing to count."""
     return np.divide(summed[..., 0], summed[..., 1], out=np.full(summed.shape[:-1], np.nan), where=summed[..., 1] > 0)
 
@@ -3264,18 +3264,18 @@ def is_trap(frame: pd.DataFrame) -> pd.Series:
 FALSE_ANSWER = share_of("failed", is_trap)
 FALSE_REFUSAL = share_of("failed", lambda f: f["type"] == "twin")
 SUITE_METRICS = (
-    MetricSpec("checklists", "higher", share_of("passed", lambda f: f["suite"] == "checklists"), share),
-    MetricSpec("false_answer", "lower", FALSE_ANSWER, share),
-    MetricSpec("false_answer_held_out", "lower", share_of("failed", lambda f: is_trap(f) & f["held_out"]), share),
-    MetricSpec("false_refusal", "lower", FALSE_REFUSAL, share),
+    MetricSpec("checklists", "higher", share_of("passed", lambda f: f["suite"] == "checklists"), rate),
+    MetricSpec("false_answer", "lower", FALSE_ANSWER, rate),
+    MetricSpec("false_answer_held_out", "lower", share_of("failed", lambda f: is_trap(f) & f["held_out"]), rate),
+    MetricSpec("false_refusal", "lower", FALSE_REFUSAL, rate),
     MetricSpec(
         "balanced_accuracy",
         "higher",
         lambda f, who: np.hstack([FALSE_ANSWER(f, who), FALSE_REFUSAL(f, who)]),
-        lambda s: 1 - (share(s[..., :2]) + share(s[..., 2:])) / 2,
+        lambda s: 1 - (rate(s[..., :2]) + rate(s[..., 2:])) / 2,
     ),
-    MetricSpec("flips", "lower", share_of("flipped", lambda f: f["same_as"].notna()), share),
-    MetricSpec("unsupported_per_answer", "lower", share_of("unsupported", lambda f: f["id"].notna()), share),
+    MetricSpec("flips", "lower", share_of("flipped", lambda f: f["same_as"].notna()), rate),
+    MetricSpec("unsupported_per_answer", "lower", share_of("unsupported", lambda f: f["id"].notna()), rate),
 )
 
 
