@@ -226,7 +226,8 @@ def build() -> str:
 
 Questions about the photo library Arciva and their answers, in English and German, for training the assistant that helps
 people inside the product. `{corpora[0].path.name}` (configuration `seed`, the default) is a subset of
-`{corpora[1].path.name}` (configuration `extended`), spread over all topics.
+`{corpora[1].path.name}` (configuration `extended`): about a tenth of each topic and kind, in whole fact families, so that no fact is taught here
+with only some of its wordings.
 
 {overview_table(corpora)}
 
