@@ -274,7 +274,7 @@ def test_a_machine_whose_memory_may_not_hold_a_shard_is_told_so():
     assert arciva.host_gib(shape_of("7B"), gpu) == pytest.approx(4.66, abs=0.01)
     assert arciva.host_gib(shape_of("1.1B"), gpu) == pytest.approx(2.05, abs=0.01)
     plan = arciva.MemoryPlan(16, False, 5.0, 4.0, 14.6, host_gib=4.7, host_free_gib=3.0)
-    assert "4.7 GiB of 3.0 GiB" in str(plan) and "may not do" in str(plan)
+    assert "4.70 GiB of 3.0 GiB" in str(plan) and "may not do" in str(plan)
 
 
 def test_the_attention_is_chosen_with_its_reason():
