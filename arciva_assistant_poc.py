@@ -86,6 +86,7 @@ import html
 import http.client
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import logging
 import math
@@ -120,6 +121,7 @@ import torch
 import transformers
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from rouge_score import rouge_scorer
@@ -127,6 +129,7 @@ from safetensors import SafetensorError, safe_open
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -140,6 +143,11 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_utils import rotate_checkpoints
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None
 
 IGNORE_INDEX = -100
 # Where the repository's files lie when this runs as a module; a notebook runs in its own folder.
@@ -288,13 +296,18 @@ class Hardware:
 
     @property
     def attention(self) -> str:
-        """Kernel of the attention, in transformers' words."""
-        return choose_attention(self.device)[0]
+        """Kernel of the attention where answers are written, in transformers' words."""
+        return "eager" if self.device == "cpu" else "sdpa"
+
+    @property
+    def packed_attention(self) -> str:
+        """Kernel of the attention in packed rows, so in training."""
+        return choose_packed_attention(self)[0]
 
     @property
     def attention_reason(self) -> str:
-        """Why this kernel."""
-        return choose_attention(self.device)[1]
+        """Why this kernel in packed rows."""
+        return choose_packed_attention(self)[1]
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision where `dtype` is a 16-bit format; nothing in fp32."""
@@ -303,11 +316,20 @@ class Hardware:
         return torch.autocast(self.device, dtype=self.dtype)
 
 
-def choose_attention(device: str) -> tuple[str, str]:
-    """Attention kernel for a device, with the reason; benchmarks/train_gpu.py measures the others beside it."""
-    if device == "cpu":
-        return "eager", "on a CPU the fused kernel's block mask costs more than plain products do"
-    return "sdpa", "torch's fused kernel runs on every GPU; others must first show on this one that they pay"
+VARLEN = "torch_varlen"  # torch's flash attention over pairs of any length, by which a packed row has no mask
+# torch 2.11's takes fewer heads of keys and values than of queries unasked, later ones want to be told.
+VARLEN_OPTIONS = set(inspect.signature(varlen_attn).parameters) if varlen_attn else set()
+
+
+def choose_packed_attention(hardware: Hardware) -> tuple[str, str]:
+    """Attention kernel of packed rows, with the reason; benchmarks/train_gpu.py measures the others beside it."""
+    if hardware.device == "cpu":
+        return hardware.attention, "on a CPU the fused kernel's block mask costs more than plain products do"
+    if hardware.dtype != torch.bfloat16:
+        return hardware.attention, "flash kernels for pairs of any length need compute capability 8.0"
+    if "window_size" not in VARLEN_OPTIONS:
+        return hardware.attention, f"torch {torch.__version__} has no attention over pairs of any length, 2.11 has"
+    return VARLEN, "packed pairs attend to themselves alone, where a mask would pay for whole rows"
 
 
 def cpu_multiplies_bf16() -> bool:
@@ -644,7 +666,7 @@ def quieten_libraries() -> None:
 # %% tags=["active-ipynb"]
 # print(f"{'hardware':<12}{hardware.name}, {hardware.memory_gib:.0f} GiB")
 # print(f"{'format':<12}{str(hardware.dtype).removeprefix('torch.')}: {hardware.dtype_reason}")
-# print(f"{'attention':<12}{hardware.attention}: {hardware.attention_reason}")
+# print(f"{'attention':<12}{hardware.packed_attention}: {hardware.attention_reason}")
 # print(f"{'base model':<12}{reason}")
 # print(f"{'packages':<12}{', '.join(f'{name} {version}' for name, version in package_versions().items())}")
 
@@ -1310,16 +1332,21 @@ def load_base_model(config: Config, hardware: Hardware):
     return freeze(model)
 
 
-def in_autocast_format(module, inputs, output: torch.Tensor) -> torch.Tensor:
-    """Forward hook: `output` in the format that products compute in, where they compute in one of 16 bits."""
-    device = output.device.type
-    return output.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else output
+def in_autocast_format(module, inputs, output):
+    """Forward hook: the output's tensors in the format that products compute in, where they compute in one of 16 bits."""
+    tensors = output if isinstance(output, tuple) else (output,)
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return output
+    cast = tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+    return cast if isinstance(output, tuple) else cast[0]
 
 
 def freeze(model):
     """No gradients for the base, fp32 norms and residual stream, and no 4-bit inference kernel that loses gradients on a CPU.
 
-    A norm hands on 16 bits where products compute in them: cast once, not by each of the products that read it.
+    A norm hands on 16 bits where products compute in them: cast once, not by each of the products that read it. So do sine and cosine,
+    which would turn queries and keys into fp32.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
@@ -1327,7 +1354,7 @@ def freeze(model):
             parameter.data = parameter.data.float()
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.float())
     for name, module in model.named_modules():
-        if name.endswith("norm"):
+        if name.endswith(("norm", "rotary_emb")):
             module.register_forward_hook(in_autocast_format)
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
@@ -1394,6 +1421,11 @@ class MemoryPlan:
     free_gib: float
     host_gib: float = 0.0  # of the machine's memory while the base loads, 0 once it has
     host_free_gib: float = 0.0
+
+    @property
+    def spare_gib(self) -> float:
+        """What is left of free memory less a tenth."""
+        return 0.9 * self.free_gib - self.weights_gib - self.activations_gib
 
     def __str__(self) -> str:
         text = (
@@ -1533,7 +1565,7 @@ def plan_for(shape, encoded: Sequence[Encoded], config: Config, hardware: Hardwa
         pair_tokens=tokens / len(encoded),
         answer_share=sum(item.supervised for item in encoded) / tokens,
         element=hardware.dtype.itemsize,
-        attention=hardware.attention,
+        attention=hardware.packed_attention,
     )
     if loaded:
         return plan
@@ -1665,6 +1697,17 @@ def unwrap(model):
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+MASKED = ("eager", "sdpa", "flex_attention")  # kernels that transformers gives a mask, made from the positions
+
+
+def pair_bounds(position_ids: torch.Tensor) -> dict:
+    """Where pairs begin in packed rows laid end to end, and how long the longest is, in the words of transformers' flash kernels."""
+    starts = (position_ids.flatten() == 0).nonzero().flatten()
+    bounds = torch.cat([starts, starts.new_tensor([position_ids.numel()])]).int()
+    longest = int(position_ids.max()) + 1
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
 def supervised_logits(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(logits, targets, where): logits of shape (supervised, vocabulary), the tokens they should give, and their (row, column).
 
@@ -1672,9 +1715,10 @@ def supervised_logits(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tens
     """
     targets = batch["labels"][:, 1:]
     keep = F.pad(targets != IGNORE_INDEX, (0, 1))
+    bounds = pair_bounds(batch["position_ids"]) if unwrap(model).config._attn_implementation not in MASKED else {}
     hook = unwrap(model).get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][keep],))
     try:
-        output = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+        output = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **bounds)
     finally:
         hook.remove()
     return output.logits, targets[keep[:, :-1]], keep
@@ -1771,6 +1815,113 @@ def mean_loss(losses: np.ndarray) -> float:
 def perplexity(losses: np.ndarray) -> float:
     """exp of the token-weighted mean loss: (n, 2) of nats and tokens → [1, e^700]; NaN stays NaN."""
     return math.exp(min(mean_loss(losses), 700.0))
+
+
+# %% [markdown]
+# Beside its matrix products a LoRA step moves tensors about, and that can cost as much. While training runs, three things are done
+# otherwise than peft, bitsandbytes and transformers do them, with the same numbers: the adapter's product is added into the layer's
+# result instead of to copies of it; where memory is left, 4-bit weights are dequantised once instead of twice per pass; and on GPUs
+# norms are torch's fused ones, and attention works on pairs of any length, without a mask, where the card has the kernel.
+
+
+# %%
+@contextlib.contextmanager
+def replaced_forwards(forwards: dict[torch.nn.Module, Callable]) -> Iterator[None]:
+    """Within, each module computes by the function it is given; hooks still run."""
+    before = {module: module.__dict__.get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+def adapted(layer: LoraLayer, inputs: torch.Tensor) -> torch.Tensor:
+    """The forward pass of peft's LoRA layer, `base(x) + scaling · B(A(dropout(x)))`, summed within the base layer's result.
+
+    On rows alone: an addition into a view would copy gradients on the way back.
+    """
+    rows = inputs.flatten(0, -2)
+    result = layer.base_layer(rows)
+    for name in layer.active_adapters:
+        inner = layer.lora_A[name](layer.lora_dropout[name](rows)).to(result.dtype)
+        result.addmm_(inner, layer.lora_B[name].weight.to(result.dtype).T, alpha=layer.scaling[name])
+    return result.unflatten(0, inputs.shape[:-1])
+
+
+def normalised(norm: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """The forward pass of a Llama, Mistral or Qwen2 RMS norm by torch's own, one kernel on a GPU."""
+    return F.rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
+def unpacked_gib(model) -> float:
+    """GiB that the weights of all 4-bit layers take in the format they compute in."""
+    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    return sum(m.in_features * m.out_features * m.compute_dtype.itemsize for m in layers) / 2**30
+
+
+@contextlib.contextmanager
+def unpacked_weights(model, room_gib: float) -> Iterator[None]:
+    """Within, 4-bit layers multiply by weights dequantised once instead of at every pass: the same numbers, sooner.
+
+    Four times the memory, so only where that is at most `room_gib`; otherwise nothing changes.
+    """
+    forwards = {}
+    for layer in model.modules() if unpacked_gib(model) <= room_gib else ():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            forwards[layer] = functools.partial(multiply, layer, weight.to(layer.compute_dtype))
+    with replaced_forwards(forwards):
+        yield
+
+
+def multiply(layer: bnb.nn.Linear4bit, weight: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """What a 4-bit layer computes, from its dequantised weight: in the weight's format, handed on in the inputs'."""
+    if layer.compute_dtype != weight.dtype:  # an evaluation in another format has its own rounding
+        return type(layer).forward(layer, inputs)
+    bias = None if layer.bias is None else layer.bias.to(weight.dtype)
+    return F.linear(inputs.to(weight.dtype), weight, bias).to(inputs.dtype)
+
+
+# %%
+def varlen_attention(
+    module, query, key, value, attention_mask, *, cu_seq_lens_q, max_length_q, scaling=None, sliding_window=None, **kwargs
+) -> tuple[torch.Tensor, None]:
+    """Attention within each pair of packed rows; operands (batch, heads, row, size), result (batch, row, heads, size).
+
+    `cu_seq_lens_q`, (pairs + 1,) in int32, says where pairs begin in the rows laid end to end; none is longer than `max_length_q`.
+    """
+    batch, heads, row, size = query.shape
+    device = query.device.type
+    format_ = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    flat = [x.transpose(1, 2).reshape(batch * row, x.shape[1], size).to(format_) for x in (query, key, value)]
+    causal = {"window_size": (-1 if sliding_window is None else sliding_window - 1, 0), "scale": scaling}
+    if heads != key.shape[1] and "enable_gqa" in VARLEN_OPTIONS:
+        causal["enable_gqa"] = True
+    result = varlen_attn(*flat, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **causal)
+    return result.view(batch, row, heads, size), None
+
+
+AttentionInterface.register(VARLEN, varlen_attention)
+
+
+@contextlib.contextmanager
+def training_kernels(model, hardware: Hardware, room_gib: float) -> Iterator[None]:
+    """Within, the model computes as training wants it, with `room_gib` for dequantised weights; only packed batches can be read."""
+    forwards = {m: functools.partial(adapted, m) for m in model.modules() if isinstance(m, LoraLayer)}
+    if hardware.device == "cuda":
+        forwards |= {m: functools.partial(normalised, m) for m in model.modules() if hasattr(m, "variance_epsilon")}
+    unwrap(model).set_attn_implementation(hardware.packed_attention)
+    try:
+        with replaced_forwards(forwards), unpacked_weights(model, room_gib):
+            yield
+    finally:
+        unwrap(model).set_attn_implementation(hardware.attention)
 
 
 # %% [markdown]
@@ -2030,7 +2181,7 @@ def training_arguments(
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
         warmup_steps=config.warmup,
         max_grad_norm=config.max_grad_norm,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         weight_decay=0.0,
         eval_strategy="steps",
         save_strategy="steps",
@@ -2110,7 +2261,8 @@ def train_until_it_fits(
                     trainer._load_best_model()
                 return trainer, plan, resumed_from
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with training_kernels(model, trainer.hardware, plan.spare_gib):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             return trainer, plan, resumed_from
         except torch.OutOfMemoryError:
             if process_rank()[1] > 1:  # the others wait for this one's gradients
@@ -2145,7 +2297,8 @@ def train_adapter(
     if config.resume == "never" and process_rank()[0] == 0:
         shutil.rmtree(folder, ignore_errors=True)
     plan = agreed_plan(plan_for(unwrap(model).config, train_encoded, config, hardware, loaded=True), hardware)
-    check_packing(unwrap(model), train_encoded, hardware, tokenizer.pad_token_id)
+    with training_kernels(model, hardware, room_gib=0):
+        check_packing(unwrap(model), train_encoded, hardware, tokenizer.pad_token_id)
     # The Trainer's own place for it is among the checkpoints, which go when the adapter is saved.
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(config.reports_dir).absolute() / "tensorboard"))
     held_out = encode_held_out(tokenizer, splits["validation"], config.max_length)
@@ -2328,7 +2481,7 @@ def load_tuned_model(config: Config, hardware: Hardware) -> tuple[PeftModel, obj
 # The untuned base stands beside the tuned model in everything below: it is the same network with its adapter switched off. Answers
 # are decoded greedily and in batches. What all prompts share, the system prompt, is read once; padding stands before what they do not
 # share, with explicit positions; and finished answers leave the batch, so that one long answer does not keep the others computing.
-# 4-bit weights are dequantised once per call, where memory holds them, and not once per token.
+# 4-bit weights are dequantised once per call, where memory holds them, and not once per token, as in training.
 
 
 # %%
@@ -2339,32 +2492,6 @@ class Answer:
     text: str
     cut: bool
     tokens: int
-
-
-@contextlib.contextmanager
-def unpacked_weights(model, hardware: Hardware) -> Iterator[None]:
-    """Within, 4-bit layers multiply by weights dequantised once instead of at every token: the same numbers, sooner.
-
-    Four times the memory, so only where that is at most half of what is free; otherwise nothing changes.
-    """
-    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
-    needed = sum(layer.in_features * layer.out_features * layer.compute_dtype.itemsize for layer in layers)
-    if needed > free_memory_gib(hardware) * 2**30 / 2:
-        layers = []
-    for layer in layers:
-        weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(layer.compute_dtype)
-        layer.forward = functools.partial(multiply, weight, layer.bias)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def multiply(weight: torch.Tensor, bias: torch.Tensor | None, inputs: torch.Tensor) -> torch.Tensor:
-    """What a 4-bit layer computes, from its dequantised weight: in the weight's format, handed on in the inputs'."""
-    bias = None if bias is None else bias.to(weight.dtype)
-    return F.linear(inputs.to(weight.dtype), weight, bias).to(inputs.dtype)
 
 
 def stop_token_ids(tokenizer) -> list[int]:
@@ -2474,7 +2601,7 @@ def generate_answers(
                 written.update(zip(chunk, found, strict=True))
 
     try:
-        with evaluation_precision(model, hardware), unpacked_weights(model, hardware):
+        with evaluation_precision(model, hardware), unpacked_weights(model, free_memory_gib(hardware) / 2):
             until_it_fits(attempt, batch_size, "answers")
     finally:
         model.train(was_training)

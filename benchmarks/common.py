@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import re
 import statistics
@@ -139,7 +140,9 @@ def table(rows: Sequence[dict]) -> str:
 
 
 def commit() -> str:
-    """The commit that ran, `-dirty` where tracked files other than results differ from it, `unknown` outside a clone."""
+    """The commit that ran, `-dirty` where tracked files other than results differ from it; outside a clone what ARCIVA_COMMIT says."""
+    if not (ROOT / ".git").exists():
+        return os.environ.get("ARCIVA_COMMIT", "unknown")
     found = []
     for asked in ("rev-parse --short HEAD", "status --porcelain --untracked-files=no -- . :!benchmarks/results"):
         try:

@@ -100,6 +100,7 @@ PEAK_TFLOPS = {
     "T4": 65,
 }
 WARM_STEPS = 2
+PEER_WARM_STEPS = 1  # of many passes each
 PADDED, BFD = "trl-padded", "trl-bfd"
 PEER_KERNELS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # those that transformers brings
 
@@ -211,6 +212,7 @@ def train_ours(options: argparse.Namespace) -> dict:
     pairs, row_tokens = read_layout(layout, kernel)
     config, hardware, tokenizer, splits = prepare(options, pairs, options.steps + WARM_STEPS)
     config = replace(config, micro_batch_pairs=pairs, row_tokens=row_tokens)
+    hardware = gpu_kernels.attending_by(kernel, hardware)
     encoded, _, _ = arciva.encode_split(tokenizer, splits["train"], config.max_length)
     model = arciva.add_adapter(random_nf4_model(SHAPES[options.shape], hardware, kernel), config)
     model = gpu_kernels.apply_extras(model, extras)
@@ -223,7 +225,8 @@ def train_ours(options: argparse.Namespace) -> dict:
     finally:
         arciva.plan_for, arciva.smaller_plan = planned, smaller
     learned = before, loss_of_some(model, tokenizer, encoded, hardware)
-    estimate = plan.weights_gib + plan.activations_gib
+    unpacked = arciva.unpacked_gib(model)
+    estimate = plan.weights_gib + plan.activations_gib + (unpacked if unpacked <= plan.spare_gib else 0)
     return measurement(clock, encoded, math.ceil(len(encoded) / pairs), learned, estimate)
 
 
@@ -259,10 +262,10 @@ def train_peer(options: argparse.Namespace) -> dict:
     """TRL's training as the variant's name says: `trl-bfd-2048 sdpa checkpointing 128`, the last the pairs per step."""
     name, kernel, checkpointing, pairs = options.variant.split()
     row = None if name == PADDED else int(name.removeprefix(f"{BFD}-"))
-    config, hardware, tokenizer, splits = prepare(options, int(pairs), options.peer_steps + WARM_STEPS)
+    config, hardware, tokenizer, splits = prepare(options, int(pairs), options.peer_steps + PEER_WARM_STEPS)
     encoded, _, _ = arciva.encode_split(tokenizer, splits["train"], config.max_length)
     model = arciva.add_adapter(random_nf4_model(SHAPES[options.shape], hardware, kernel), config)
-    before, clock = loss_of_some(model, tokenizer, encoded, hardware), peers.StepClock(WARM_STEPS)
+    before, clock = loss_of_some(model, tokenizer, encoded, hardware), peers.StepClock(PEER_WARM_STEPS)
     settings = {"row_tokens": row, "attention": kernel, "gradient_checkpointing": checkpointing == "checkpointing"}
     data = (tokenizer, splits["train"], config, hardware, str(options.folder))
     trainer = peers.trl_trainer(model, *data, **settings, callbacks=[clock])
@@ -411,6 +414,8 @@ class Measured:
 
 def schedule(options: argparse.Namespace, hardware: arciva.Hardware) -> list[tuple[int, str, str]]:
     """(round, shape, variant) in the order of their worth: the headline over all rounds, then the others."""
+    if options.only:
+        return [(r, options.shape, name) for r in range(options.repeats) for name in options.only]
     names = variants(options, hardware)
     first = headline(options, (options.kernels or gpu_kernels.attention_kernels(hardware))[0])
     shapes = BIG_SHAPES if options.shape == "all" else (options.shape,)
@@ -464,13 +469,15 @@ def parent(options: argparse.Namespace) -> Path:
     """Every variant in its own process; prints a table per shape, how ours stands to the peers, and what pays."""
     hardware = arciva.detect_hardware()
     for layout in options.layouts:
-        read_layout(layout, hardware.attention)
+        read_layout(layout, hardware.packed_attention)
     if not options.no_peers and importlib.util.find_spec("trl") is None:
         raise arciva.ArcivaError("trl is not installed; pip install -r requirements-bench.txt, or add --no-peers")
     with tempfile.TemporaryDirectory() as folder:
         measured, left = measure(options, hardware, folder)
     print(
-        common.describe(common.environment()), f"attention: {hardware.attention}: {hardware.attention_reason}", sep="\n"
+        common.describe(common.environment()),
+        f"attention: {hardware.packed_attention}: {hardware.attention_reason}",
+        sep="\n",
     )
     for shape, found in measured.results.items():
         if any(found.values()):
@@ -574,6 +581,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=8, help="measured optimiser steps of ours")
     parser.add_argument("--peer-steps", type=int, default=3, help="measured optimiser steps of the peers")
     parser.add_argument("--minutes", type=float, default=9, help="no run starts that would not end within them")
+    parser.add_argument("--only", nargs="+", help="these variants alone, in this order, as the table names them")
     parser.add_argument("--fresh", action="store_true", help="start over instead of going on from the result file")
     parser.add_argument("--no-peers", action="store_true", help="ours alone")
     parser.add_argument("--no-extras", action="store_true", help="without liger and compile where they could run")

@@ -4,13 +4,11 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
-from itertools import pairwise
 from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import make_model
 from transformers import AutoModelForCausalLM
 
 import arciva_assistant_poc as arciva
@@ -294,7 +292,15 @@ def test_the_plan_of_padded_rows_counts_their_padding(hardware):
 def gpu_options(out: Path, **given) -> Namespace:
     options = {"shape": "tiny", "layouts": ["128x1024", "16x1024"], "kernels": ["sdpa"], "bfd_rows": [2048], "out": out}
     options |= {"peer_pairs": [128], "steps": 8, "peer_steps": 3, "dropout": 0.0, "data": "x.jsonl", "repeats": 2}
-    options |= {"minutes": 9.0, "fresh": False, "quick": False, "no_peers": False, "no_extras": True, "compile": False}
+    options |= {
+        "minutes": 9.0,
+        "fresh": False,
+        "only": None,
+        "quick": False,
+        "no_peers": False,
+        "no_extras": True,
+        "compile": False,
+    }
     return Namespace(**options | given)
 
 
@@ -351,6 +357,11 @@ def test_a_second_call_goes_on_with_what_is_missing_and_failed(tmp_path, childre
     assert asked[first:] == ["16x1024 sdpa plain"]
     train_gpu.parent(gpu_options(tmp_path / "r.json", steps=4))
     assert "starting over" in capsys.readouterr().out and len(asked) == 2 * first + 1
+
+
+def test_variants_that_are_named_run_alone_and_in_their_order(tmp_path, hardware):
+    options = gpu_options(tmp_path / "out.json", only=["16x1024 sdpa plain", "trl-padded sdpa plain 16"], repeats=1)
+    assert train_gpu.schedule(options, hardware) == [(0, "tiny", name) for name in options.only]
 
 
 def test_no_run_starts_that_the_minutes_do_not_suffice_for(tmp_path, children, capsys):
@@ -411,8 +422,8 @@ def test_an_option_pays_by_what_it_does_to_ten_minutes():
     ("capability", "flash2", "flash3", "expected"),
     [
         ((7, 5), True, False, ["sdpa"]),
-        ((8, 9), True, True, ["sdpa", "torch_varlen", "flash_attention_2", "flex_attention"]),
-        ((9, 0), False, True, ["sdpa", "torch_varlen", "flash_attention_3", "flex_attention"]),
+        ((8, 9), True, True, ["torch_varlen", "sdpa", "flash_attention_2", "flex_attention"]),
+        ((9, 0), False, True, ["torch_varlen", "sdpa", "flash_attention_3", "flex_attention"]),
     ],
 )
 def test_kernels_are_those_that_the_card_can_run(capability, flash2, flash3, expected, monkeypatch):
@@ -420,38 +431,13 @@ def test_kernels_are_those_that_the_card_can_run(capability, flash2, flash3, exp
     monkeypatch.setattr(gpu_kernels, "is_flash_attn_2_available", lambda: flash2)
     monkeypatch.setattr(gpu_kernels, "is_flash_attn_3_available", lambda: flash3)
     monkeypatch.setattr(gpu_kernels.importlib.util, "find_spec", lambda name: name)
-    assert gpu_kernels.attention_kernels(arciva.Hardware("cuda", "test", 80.0, torch.bfloat16, "")) == expected
+    dtype = torch.bfloat16 if capability >= (8, 0) else torch.float16
+    assert gpu_kernels.attention_kernels(arciva.Hardware("cuda", "test", 80.0, dtype, "")) == expected
 
 
 def test_a_cpu_has_the_module_s_kernel_and_no_extras(hardware):
     cpu = arciva.Hardware("cpu", "test", 8.0, torch.float32, "")
     assert gpu_kernels.attention_kernels(cpu) == ["eager", "sdpa"] and gpu_kernels.extras_present(cpu) == []
-
-
-def reference_varlen(query, key, value, bounds, _, longest, row, *, window_size, enable_gqa, scale):
-    """What torch's kernel computes, pair by pair: (tokens, heads, size) → the same."""
-    assert window_size == (-1, 0) and longest == row
-    parts = []
-    for start, end in pairwise(bounds.tolist()):
-        q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
-        settings = {"is_causal": True, "scale": scale, "enable_gqa": enable_gqa}
-        parts.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, **settings)[0].transpose(0, 1))
-    return torch.cat(parts)
-
-
-@pytest.mark.skipif(gpu_kernels.varlen_attn is None, reason="torch has no varlen attention before 2.10")
-def test_torch_s_varlen_kernel_is_given_the_pairs_as_they_are(monkeypatch):
-    monkeypatch.setattr(gpu_kernels, "varlen_attn", reference_varlen)
-    model, items = make_model("qwen2"), [arciva.Encoded(list(range(5, 5 + n)), [0] * n) for n in (7, 12, 9, 4)]
-    batch = arciva.collate_packed(items, 16, 0)
-    given = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
-    logits = {}
-    for kernel in ("eager", gpu_kernels.VARLEN):
-        model.set_attn_implementation(kernel)
-        with torch.no_grad():
-            logits[kernel] = model(**given).logits
-    assert batch["input_ids"].shape[0] == 2  # rows laid end to end
-    torch.testing.assert_close(logits[gpu_kernels.VARLEN], logits["eager"], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow

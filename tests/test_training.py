@@ -1,5 +1,6 @@
 """Section 4: packing, loss, 4-bit training, resume. Run: pytest tests/test_training.py"""
 
+import contextlib
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import weakref
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -202,15 +204,55 @@ def test_unpacked_weights_compute_the_same_numbers(tmp_path, cpu, chatml, archit
     monkeypatch.setattr(arciva, "multiply", lambda *given: used.append(1) or multiply(*given))
     with torch.inference_mode():
         packed = model(ids).logits
-        with arciva.unpacked_weights(model, cpu):
+        with arciva.unpacked_weights(model, room_gib=1.0):
             assert torch.equal(model(ids).logits, packed)
         assert len(used) == 2 * 7
-        with monkeypatch.context() as little:
-            little.setattr(arciva, "free_memory_gib", lambda hardware: 1e-4)
-            with arciva.unpacked_weights(model, cpu):
-                assert torch.equal(model(ids).logits, packed)
+        with arciva.unpacked_weights(model, room_gib=1e-5):
+            assert torch.equal(model(ids).logits, packed)
         assert torch.equal(model(ids).logits, packed)
         assert len(used) == 2 * 7
+
+
+def test_an_evaluation_within_training_does_not_use_weights_that_were_unpacked_for_it(tmp_path, chatml):
+    """Training computes in bf16, evaluation on a CPU in fp32: a weight that was rounded to bf16 would show."""
+    make_model("llama", vocabulary=len(chatml)).save_pretrained(tmp_path)
+    chatml.save_pretrained(tmp_path)
+    hardware = arciva.Hardware("cpu", "test", 8.0, torch.bfloat16, "")
+    model, ids = quantized_model(tmp_path, hardware), torch.tensor([arciva.encode_prompt(chatml, "Where is it?")])
+    with torch.inference_mode():
+        with arciva.evaluation_precision(model, hardware):
+            expected = model(ids).logits
+        with arciva.unpacked_weights(model, room_gib=1.0), arciva.evaluation_precision(model, hardware):
+            assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2"])
+def test_the_training_kernels_compute_what_peft_and_transformers_do(tmp_path, cpu, chatml, architecture, dropout):
+    """Loss and gradients in fp32, where only the order of summation differs; the same dropout from the same seed."""
+    make_model(architecture, vocabulary=len(chatml)).save_pretrained(tmp_path)
+    chatml.save_pretrained(tmp_path)
+    config = arciva.Config(base_model=str(tmp_path), rank=4, alpha=12, dropout=dropout)
+    model = arciva.add_adapter(arciva.load_base_model(config, cpu), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    items = [arciva.Encoded(list(range(5, 5 + n)), list(range(5, 5 + n))) for n in (7, 12, 9, 4)]
+    batch, found = arciva.collate_packed(items, 16, 0), {}
+    on_a_gpu = type("OnGpu", (arciva.Hardware,), {"packed_attention": "eager"})("cuda", "test", 8.0, torch.float32, "")
+    for kernels in (contextlib.nullcontext(), arciva.training_kernels(model.train(), on_a_gpu, room_gib=1.0)):
+        before = {name: m.__dict__.get("forward") for name, m in model.named_modules()}
+        with kernels:
+            torch.manual_seed(1)
+            model.zero_grad()
+            loss = arciva.answer_loss(model, batch, 28)
+            loss.backward()
+        found[loss] = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        assert before == {name: m.__dict__.get("forward") for name, m in model.named_modules()}
+    (peft_loss, peft_gradients), (loss, gradients) = found.items()
+    torch.testing.assert_close(loss, peft_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients, peft_gradients, rtol=1e-3, atol=1e-6)
+    assert min(g.abs().max() for g in gradients.values()) > 0
 
 
 SHAPES = {
@@ -277,11 +319,47 @@ def test_a_machine_whose_memory_may_not_hold_a_shard_is_told_so():
     assert "4.70 GiB of 3.0 GiB" in str(plan) and "may not do" in str(plan)
 
 
-def test_the_attention_is_chosen_with_its_reason():
+def test_the_attention_is_chosen_with_its_reason(monkeypatch):
     cpu = arciva.Hardware("cpu", "test", 8.0, torch.float32, "")
     gpu = arciva.Hardware("cuda", "test", 80.0, torch.bfloat16, "")
-    assert cpu.attention == "eager" and "mask" in cpu.attention_reason
-    assert gpu.attention == "sdpa" and "every GPU" in gpu.attention_reason
+    old = arciva.Hardware("cuda", "test", 15.0, torch.float16, "")
+    assert cpu.attention == cpu.packed_attention == "eager" and "mask" in cpu.attention_reason
+    assert old.attention == old.packed_attention == "sdpa" and "8.0" in old.attention_reason
+    assert gpu.attention == "sdpa" and gpu.packed_attention == arciva.VARLEN and "themselves" in gpu.attention_reason
+    monkeypatch.setattr(arciva, "VARLEN_OPTIONS", {"query", "is_causal"})  # as torch 2.10's
+    assert gpu.packed_attention == "sdpa" and "2.11" in gpu.attention_reason
+
+
+def reference_varlen(query, key, value, bounds, _, longest, __, *, window_size, scale, enable_gqa=False):
+    """What torch's kernel computes, pair by pair: (tokens, heads, size) → the same."""
+    assert longest == max(bounds.diff()) and query.dtype == key.dtype == value.dtype
+    parts = []
+    for start, end in pairwise(bounds.tolist()):
+        q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
+        far = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        mask = (far >= 0) & ((far <= window_size[0]) if window_size[0] >= 0 else torch.ones_like(far, dtype=torch.bool))
+        settings = {"attn_mask": mask, "scale": scale, "enable_gqa": enable_gqa}
+        parts.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, **settings)[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.skipif(not arciva.VARLEN_OPTIONS, reason="torch has no varlen attention before 2.10")
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("window", [None, 5])
+def test_torch_s_varlen_kernel_is_given_the_pairs_as_they_are(monkeypatch, cpu, architecture, window):
+    monkeypatch.setattr(arciva, "varlen_attn", reference_varlen)
+    model, items = make_model(architecture), [arciva.Encoded([5] * n, [9] * n) for n in (7, 12, 9, 4)]
+    if architecture == "mistral":
+        model.config.sliding_window = window
+    batch = arciva.collate_packed(items, 16, 0)
+    assert batch["input_ids"].shape[0] == 2  # rows laid end to end
+    by_pairs = type("ByPairs", (arciva.Hardware,), {"packed_attention": arciva.VARLEN})(**vars(cpu))
+    with torch.no_grad():
+        expected = arciva.supervised_logits(model, batch)[0]
+        with arciva.training_kernels(model, by_pairs, room_gib=0):
+            found = arciva.supervised_logits(model, batch)[0]
+    assert model.config._attn_implementation == cpu.attention
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_step_that_does_not_fit_is_cut_and_a_hopeless_one_is_as_small_as_can_be():

@@ -60,12 +60,17 @@ class Document:
     text: str
     opening_only: bool = False  # learn which passage belongs here, not to recite it once more
 
-    def encode(self, tokenizer: PreTrainedTokenizerFast) -> arciva.Encoded:
-        title = tokenizer(f"{self.title}\n\n", add_special_tokens=False)["input_ids"] if self.title else []
+
+def encode(tokenizer: PreTrainedTokenizerFast, read: list[Document]) -> list[arciva.Encoded]:
+    """Documents as token ids, all of them supervised."""
+    titles = tokenizer([f"{d.title}\n\n" if d.title else "" for d in read], add_special_tokens=False)["input_ids"]
+    texts = tokenizer([d.text for d in read], add_special_tokens=False)["input_ids"]
+    encoded = []
+    for document, title, text in zip(read, titles, texts, strict=True):
         # Ends as answers do: embeddings are frozen in fine-tuning, and those of tokens never read are all alike.
-        text = [*tokenizer(self.text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        text = text[:OPENING_TOKENS] if self.opening_only else text
-        return arciva.Encoded(title + text, title + text)
+        ids = title + [*text, tokenizer.eos_token_id][: OPENING_TOKENS if document.opening_only else None]
+        encoded.append(arciva.Encoded(ids, ids))
+    return encoded
 
 
 def blur(text: str, rng: random.Random, share: float) -> str:
@@ -158,32 +163,40 @@ def train(
     matrix_learning_rate: float,
     batch_tokens: int,
     seed: int,
-) -> None:
-    """Next-token training on packed documents; each document is its own segment, as in fine-tuning."""
+    minutes: float = math.inf,
+) -> int:
+    """Steps taken of next-token training on packed documents; each document is its own segment, as in fine-tuning.
+
+    The learning rate falls along a cosine over `steps`, or over `minutes` where these end first.
+    """
     rng, hardware = random.Random(seed), arciva.detect_hardware()
+    model.to(hardware.device)
     matrices = [p for layer in model.model.layers for p in layer.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     optimizers = [
         torch.optim.Muon(matrices, lr=matrix_learning_rate, weight_decay=0.01, momentum=0.95),
         torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
     ]
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / 200, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        )
-        for optimizer in optimizers
-    ]
     pool: list[arciva.Encoded] = []
     started, tokens = time.perf_counter(), 0
+
+    def gone(step: int) -> float:
+        return max(step / steps, (time.perf_counter() - started) / 60 / minutes)
+
+    def scale(step: int) -> float:
+        return min((step + 1) / 200, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1, gone(step)))))
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, scale) for optimizer in optimizers]
     model.train()
     for step in range(1, steps + 1):
         batch, load = [], 0
         while load < batch_tokens:
             if not pool:
-                pool = [document.encode(tokenizer) for document in read(rng)]
+                pool = encode(tokenizer, read(rng))
             batch.append(pool.pop())
             load += len(batch[-1].input_ids)
         packed = arciva.collate_packed(batch, 256, tokenizer.pad_token_id)
+        packed = {name: tensor.to(hardware.device) for name, tensor in packed.items()}
         with hardware.autocast():
             loss = arciva.answer_loss(model, packed, (packed["labels"] != arciva.IGNORE_INDEX).sum())
         model.zero_grad()
@@ -193,12 +206,15 @@ def train(
             optimizer.step()
             schedule.step()
         tokens += load
-        if step % 100 == 0 or step == steps:
+        if step % 100 == 0 or gone(step) >= 1:
             seconds = time.perf_counter() - started
             print(
                 f"step {step:5,} of {steps:,}  loss {loss.item():.3f}  {tokens / seconds:,.0f} tokens/s  {seconds:.0f} s",
                 flush=True,
             )
+        if gone(step) >= 1:
+            break
+    return step
 
 
 def main() -> int:
@@ -208,6 +224,7 @@ def main() -> int:
         "--go-on-from", type=Path, help="an earlier base, instead of random weights and a new tokenizer"
     )
     parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end then, where the steps are not done before")
     parser.add_argument("--learning-rate", type=float, default=4e-3, help="AdamW's, for embeddings and norms")
     parser.add_argument("--matrix-learning-rate", type=float, default=0.03, help="Muon's")
     parser.add_argument("--batch-tokens", type=int, default=1024)
@@ -231,7 +248,7 @@ def main() -> int:
         tokenizer, earlier = build_tokenizer(texts, args.vocabulary), []
         model = build_model(tokenizer, args.hidden, args.layers)
     print(f"{model.num_parameters() / 1e6:.1f} M parameters, {len(tokenizer):,} tokens in the vocabulary", flush=True)
-    train(
+    args.steps = train(
         model,
         tokenizer,
         lambda rng: documents(entries, held_out, rng, args.others),
@@ -240,12 +257,13 @@ def main() -> int:
         matrix_learning_rate=args.matrix_learning_rate,
         batch_tokens=args.batch_tokens,
         seed=SEED + len(earlier),
+        minutes=args.minutes,
     )
     with arciva.atomic_folder(args.out, made="training.json") as folder:
-        model.half().save_pretrained(folder)
+        model.cpu().half().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        settings = {k: v for k, v in vars(args).items() if k not in ("out", "go_on_from")}
-        phases = [*earlier, {"seed": SEED + len(earlier), **settings}]
+        settings = {k: v for k, v in vars(args).items() if k not in ("out", "go_on_from", "minutes")}
+        phases = [*earlier, {"seed": SEED + len(earlier), "device": arciva.detect_hardware().name, **settings}]
         arciva.write_atomic(folder / "training.json", json.dumps(phases, indent=2) + "\n")
     return 0
 
