@@ -38,6 +38,7 @@
 
 # %% tags=["active-ipynb", "skip-execution"]
 # import contextlib
+# import shutil
 # import sys
 # import tempfile
 # from importlib.metadata import PackageNotFoundError, version
@@ -58,6 +59,8 @@
 #     "transformers==5.23.0 peft==0.21.2 bitsandbytes==0.50.2 accelerate==1.15.0 datasets==5.2.0 evaluate==0.4.6"
 #     " rouge-score==0.1.2 sacrebleu==2.6.0 matplotlib==3.11.2 pydantic==2.14.3"
 # )
+# if shutil.which("nvidia-smi"):
+#     pins += " liger-kernel==0.8.5"
 # %pip install -q -c {constraints} {pins}
 #
 # for pin in pins.split():  # pip reports a conflict and goes on; what the image brought must not be taken for it
@@ -96,6 +99,7 @@ import shutil
 import signal
 import struct
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -143,11 +147,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_utils import rotate_checkpoints
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before torch 2.10
-    varlen_attn = None
+from transformers.utils import is_liger_kernel_available
 
 IGNORE_INDEX = -100
 # Where the repository's files lie when this runs as a module; a notebook runs in its own folder.
@@ -309,6 +309,16 @@ class Hardware:
         """Why this kernel in packed rows."""
         return choose_packed_attention(self)[1]
 
+    @property
+    def liger(self) -> bool:
+        """Whether Liger's kernels rotate and multiply gates in training."""
+        return choose_liger(self)[0]
+
+    @property
+    def liger_reason(self) -> str:
+        """Why, or why not."""
+        return choose_liger(self)[1]
+
     def autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision where `dtype` is a 16-bit format; nothing in fp32."""
         if self.dtype == torch.float32:
@@ -317,8 +327,15 @@ class Hardware:
 
 
 VARLEN = "torch_varlen"  # torch's flash attention over pairs of any length, by which a packed row has no mask
-# torch 2.11's takes fewer heads of keys and values than of queries unasked, later ones want to be told.
-VARLEN_OPTIONS = set(inspect.signature(varlen_attn).parameters) if varlen_attn else set()
+
+
+def varlen_options() -> set[str]:
+    """Names of what torch's attention over pairs of any length can be told; none before torch 2.10."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return set()
+    return set(inspect.signature(varlen_attn).parameters)
 
 
 def choose_packed_attention(hardware: Hardware) -> tuple[str, str]:
@@ -327,9 +344,23 @@ def choose_packed_attention(hardware: Hardware) -> tuple[str, str]:
         return hardware.attention, "on a CPU the fused kernel's block mask costs more than plain products do"
     if hardware.dtype != torch.bfloat16:
         return hardware.attention, "flash kernels for pairs of any length need compute capability 8.0"
-    if "window_size" not in VARLEN_OPTIONS:
+    if "window_size" not in varlen_options():
         return hardware.attention, f"torch {torch.__version__} has no attention over pairs of any length, 2.11 has"
     return VARLEN, "packed pairs attend to themselves alone, where a mask would pay for whole rows"
+
+
+def choose_liger(hardware: Hardware) -> tuple[bool, str]:
+    """Whether training uses Liger's Triton kernels (https://github.com/linkedin/Liger-Kernel), with the reason."""
+    if hardware.device == "cpu":
+        return False, "Triton's kernels are a GPU's"
+    if hardware.dtype != torch.bfloat16:
+        return False, "nobody has measured them on a card without bf16 units"
+    if not is_liger_kernel_available():
+        return False, "liger-kernel is not installed; requirements-gpu.txt pins it"
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if not compiler or not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return False, "Triton builds its kernels with a C compiler and Python.h; install gcc and python3-dev"
+    return True, "rotation and gates in one kernel each: a tenth more tokens per second (benchmarks/README.md)"
 
 
 def cpu_multiplies_bf16() -> bool:
@@ -667,6 +698,7 @@ def quieten_libraries() -> None:
 # print(f"{'hardware':<12}{hardware.name}, {hardware.memory_gib:.0f} GiB")
 # print(f"{'format':<12}{str(hardware.dtype).removeprefix('torch.')}: {hardware.dtype_reason}")
 # print(f"{'attention':<12}{hardware.packed_attention}: {hardware.attention_reason}")
+# print(f"{'Liger':<12}{'on' if hardware.liger else 'off'}: {hardware.liger_reason}")
 # print(f"{'base model':<12}{reason}")
 # print(f"{'packages':<12}{', '.join(f'{name} {version}' for name, version in package_versions().items())}")
 
@@ -1441,7 +1473,7 @@ class MemoryPlan:
 
 
 # %%
-def block_bytes(shape, config: Config, row: float, element: int, attention: str) -> float:
+def block_bytes(shape, config: Config, row: float, element: int, attention: str, liger: bool) -> float:
     """Bytes per token that autograd saves in one Llama block, in rows of `row` tokens.
 
     Attention's operands, the MLP's vectors, the adapters' inputs and inner vectors, and the residual stream, which both norms save in fp32
@@ -1453,7 +1485,8 @@ def block_bytes(shape, config: Config, row: float, element: int, attention: str)
     operands = 2 * hidden * (1 + kept)  # query and output, key and value
     inputs = (6 * hidden + inner) * (element + 1) if config.dropout else (2 * hidden + inner) * element
     mask = {"eager": heads * row * (4 if element == 4 else 4 + element), "sdpa": element * row}.get(attention, 0)
-    return element * (operands + 3 * inner + 7 * config.rank) + inputs + mask + 4 * 2 * hidden
+    gates = (2 if liger else 3) * inner  # Liger multiplies them without keeping the activation's result
+    return element * (operands + gates + 7 * config.rank) + inputs + mask + 4 * 2 * hidden
 
 
 def activation_bytes(
@@ -1465,6 +1498,7 @@ def activation_bytes(
     element: int,
     checkpointing: bool,
     attention: str = "sdpa",
+    liger: bool = False,
 ) -> float:
     """Bytes that a packed LoRA step over `tokens` holds at its peak beyond weights, gradients and optimiser.
 
@@ -1474,7 +1508,7 @@ def activation_bytes(
     """
     hidden, inner, heads = shape.hidden_size, shape.intermediate_size, shape.num_attention_heads
     row = tokens / max(1, round(tokens / config.row_tokens))  # as `pack_rows` cuts them
-    block = block_bytes(shape, config, row, element, attention)
+    block = block_bytes(shape, config, row, element, attention, liger)
     work = 2 * inner * element
     if attention == "eager":  # by the time attention works on its weights' gradients, the MLP's vectors are gone
         work = max(work, heads * row * (8 if element == 4 else 8 - element) - 4 * inner * element)
@@ -1517,6 +1551,7 @@ def plan_memory(
     answer_share: float,
     element: int,
     attention: str = "sdpa",
+    liger: bool = False,
 ) -> MemoryPlan:
     """The largest micro-batch that fits in `free_gib` less a tenth; checkpointing only where a step does not fit without."""
     budget = (0.9 * free_gib - weights_gib) * 2**30
@@ -1527,7 +1562,7 @@ def plan_memory(
     for checkpointing in (False, True):
         for pairs in wanted:
             tokens = pairs * pair_tokens
-            settings = {"element": element, "checkpointing": checkpointing, "attention": attention}
+            settings = {"element": element, "checkpointing": checkpointing, "attention": attention, "liger": liger}
             need = activation_bytes(shape, shaped, tokens, tokens * answer_share, **settings)
             plans.append(MemoryPlan(pairs, checkpointing, weights_gib, need / 2**30, free_gib))
     fitting = [p for p in plans if p.activations_gib * 2**30 <= budget]
@@ -1566,6 +1601,7 @@ def plan_for(shape, encoded: Sequence[Encoded], config: Config, hardware: Hardwa
         answer_share=sum(item.supervised for item in encoded) / tokens,
         element=hardware.dtype.itemsize,
         attention=hardware.packed_attention,
+        liger=hardware.liger,
     )
     if loaded:
         return plan
@@ -1890,24 +1926,48 @@ def multiply(layer: bnb.nn.Linear4bit, weight: torch.Tensor, inputs: torch.Tenso
 
 # %%
 def varlen_attention(
-    module, query, key, value, attention_mask, *, cu_seq_lens_q, max_length_q, scaling=None, sliding_window=None, **kwargs
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    *,
+    cu_seq_lens_q,
+    max_length_q,
+    scaling=None,
+    sliding_window=None,
+    **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attention within each pair of packed rows; operands (batch, heads, row, size), result (batch, row, heads, size).
 
     `cu_seq_lens_q`, (pairs + 1,) in int32, says where pairs begin in the rows laid end to end; none is longer than `max_length_q`.
     """
+    from torch.nn.attention.varlen import varlen_attn
+
     batch, heads, row, size = query.shape
     device = query.device.type
     format_ = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     flat = [x.transpose(1, 2).reshape(batch * row, x.shape[1], size).to(format_) for x in (query, key, value)]
     causal = {"window_size": (-1 if sliding_window is None else sliding_window - 1, 0), "scale": scaling}
-    if heads != key.shape[1] and "enable_gqa" in VARLEN_OPTIONS:
-        causal["enable_gqa"] = True
+    if heads != key.shape[1] and "enable_gqa" in varlen_options():
+        causal["enable_gqa"] = True  # torch 2.11 takes fewer heads of keys and values unasked
     result = varlen_attn(*flat, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **causal)
     return result.view(batch, row, heads, size), None
 
 
-AttentionInterface.register(VARLEN, varlen_attention)
+@contextlib.contextmanager
+def liger_kernels(model) -> Iterator[None]:
+    """Within, Liger rotates queries and keys and multiplies gates, each in one kernel, with one vector per token less to keep."""
+    from liger_kernel.transformers import LigerSwiGLUMLP, liger_rotary_pos_emb
+
+    modeling = sys.modules[type(unwrap(model)).__module__]
+    rotate, modeling.apply_rotary_pos_emb = modeling.apply_rotary_pos_emb, liger_rotary_pos_emb
+    gated = {m: functools.partial(LigerSwiGLUMLP.forward, m) for m in model.modules() if hasattr(m, "gate_proj")}
+    try:
+        with replaced_forwards(gated):
+            yield
+    finally:
+        modeling.apply_rotary_pos_emb = rotate
 
 
 @contextlib.contextmanager
@@ -1916,9 +1976,11 @@ def training_kernels(model, hardware: Hardware, room_gib: float) -> Iterator[Non
     forwards = {m: functools.partial(adapted, m) for m in model.modules() if isinstance(m, LoraLayer)}
     if hardware.device == "cuda":
         forwards |= {m: functools.partial(normalised, m) for m in model.modules() if hasattr(m, "variance_epsilon")}
+    liger = liger_kernels(model) if hardware.liger else contextlib.nullcontext()
+    AttentionInterface.register(VARLEN, varlen_attention)
     unwrap(model).set_attn_implementation(hardware.packed_attention)
     try:
-        with replaced_forwards(forwards), unpacked_weights(model, room_gib):
+        with replaced_forwards(forwards), unpacked_weights(model, room_gib), liger:
             yield
     finally:
         unwrap(model).set_attn_implementation(hardware.attention)

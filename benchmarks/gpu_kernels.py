@@ -1,4 +1,4 @@
-"""What a GPU may train with besides the module's choice: attention kernels, Liger's Triton kernels, compiled blocks.
+"""What a GPU may train with: attention kernels, Liger's Triton kernels, compiled blocks.
 
 Each is an axis of train_gpu.py. The module takes over what a measurement shows to pay within a ten-minute job, and no option before.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 
 import torch
-from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_liger_kernel_available
 
 import arciva_assistant_poc as arciva
@@ -16,9 +15,9 @@ import arciva_assistant_poc as arciva
 LIGER, COMPILE = "liger", "compile"
 
 
-def attending_by(kernel: str, hardware: arciva.Hardware) -> arciva.Hardware:
-    """The hardware, but with another attention kernel than the module chooses for packed rows."""
-    chosen = type("Attending", (arciva.Hardware,), {"packed_attention": kernel})
+def training_with(hardware: arciva.Hardware, kernel: str, *, liger: bool) -> arciva.Hardware:
+    """The hardware, but with this attention kernel in packed rows, and Liger's kernels or not, whatever the module chooses."""
+    chosen = type("Chosen", (arciva.Hardware,), {"packed_attention": kernel, "liger": liger})
     return chosen(**vars(hardware))
 
 
@@ -49,13 +48,7 @@ def extras_present(hardware: arciva.Hardware) -> list[str]:
     return [LIGER] * (triton and is_liger_kernel_available()) + [COMPILE] * triton
 
 
-def apply_extras(model, extras: list[str]):
-    """The base model with Liger's norms, rotation and MLP, or with every block compiled."""
-    if LIGER in extras:
-        # Not its fused head and loss: ours runs the head on supervised positions alone.
-        chosen = {"rope": True, "rms_norm": True, "swiglu": True}
-        apply_liger_kernel(model, {**chosen, "cross_entropy": False, "fused_linear_cross_entropy": False})
-    if COMPILE in extras:
-        for layer in arciva.unwrap(model).model.layers:
-            layer.compile(dynamic=True)  # rows differ in width from step to step
-    return model
+def compile_blocks(model) -> None:
+    """Every block compiled for itself; all are alike and share the code."""
+    for layer in arciva.unwrap(model).model.layers:
+        layer.compile(dynamic=True)  # rows differ in width from step to step

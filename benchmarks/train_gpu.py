@@ -212,10 +212,11 @@ def train_ours(options: argparse.Namespace) -> dict:
     pairs, row_tokens = read_layout(layout, kernel)
     config, hardware, tokenizer, splits = prepare(options, pairs, options.steps + WARM_STEPS)
     config = replace(config, micro_batch_pairs=pairs, row_tokens=row_tokens)
-    hardware = gpu_kernels.attending_by(kernel, hardware)
+    hardware = gpu_kernels.training_with(hardware, kernel, liger=gpu_kernels.LIGER in extras)
     encoded, _, _ = arciva.encode_split(tokenizer, splits["train"], config.max_length)
     model = arciva.add_adapter(random_nf4_model(SHAPES[options.shape], hardware, kernel), config)
-    model = gpu_kernels.apply_extras(model, extras)
+    if gpu_kernels.COMPILE in extras:
+        gpu_kernels.compile_blocks(model)
     plan = forced_plan(arciva.unwrap(model).config, encoded, config, hardware, checkpointing == "checkpointing", kernel)
     before = loss_of_some(model, tokenizer, encoded, hardware)
     clock, planned, smaller = peers.StepClock(WARM_STEPS), arciva.plan_for, arciva.smaller_plan
@@ -248,6 +249,7 @@ def forced_plan(
     base, training = arciva.weight_bytes(shape, hardware, config.rank)
     tokens, supervised, width = largest_batch(encoded, config.pairs_per_step, config.row_tokens)
     settings = {"element": hardware.dtype.itemsize, "checkpointing": checkpointing, "attention": kernel}
+    settings |= {"liger": hardware.liger}
     need = arciva.activation_bytes(shape, replace(config, row_tokens=width), tokens, supervised, **settings)
     free = arciva.free_memory_gib(hardware)
     return arciva.MemoryPlan(config.pairs_per_step, checkpointing, (base + training) / 2**30, need / 2**30, free)
@@ -306,29 +308,35 @@ def measurement(
 # --- the comparison ----------------------------------------------------------------------------------------------------------------------
 
 
-def headline(options: argparse.Namespace, kernel: str) -> list[str]:
-    """What the goals are about: ours, the common recipe, and TRL's packing."""
-    ours = f"{options.layouts[0]} {kernel} plain"
+def present(options: argparse.Namespace, hardware: arciva.Hardware) -> tuple[list[str], list[str]]:
+    """(attention kernels, extras) to measure here, the module's choice first."""
+    extras = [] if options.no_extras else gpu_kernels.extras_present(hardware)
+    extras += [gpu_kernels.COMPILE] * (options.compile and gpu_kernels.COMPILE not in extras)
+    return options.kernels or gpu_kernels.attention_kernels(hardware), extras
+
+
+def headline(options: argparse.Namespace, hardware: arciva.Hardware) -> list[str]:
+    """What the goals are about: ours, with Liger's kernels where they are, the common recipe, and TRL's packing."""
+    (kernel, *_), extras = present(options, hardware)
+    ours = [f"{options.layouts[0]} {kernel} plain"]
+    ours += [f"{ours[0]} {gpu_kernels.LIGER}"] * (gpu_kernels.LIGER in extras)
     if options.no_peers:
-        return [ours]
+        return ours
     pairs = options.peer_pairs[0]
     peer = kernel if kernel in PEER_KERNELS else "sdpa"
-    return [ours, f"{PADDED} {peer} checkpointing {pairs}", f"{BFD}-{options.bfd_rows[0]} {peer} plain {pairs}"]
+    return [*ours, f"{PADDED} {peer} checkpointing {pairs}", f"{BFD}-{options.bfd_rows[0]} {peer} plain {pairs}"]
 
 
 def variants(options: argparse.Namespace, hardware: arciva.Hardware) -> list[str]:
     """Every variant, what tells most first."""
-    present = options.kernels or gpu_kernels.attention_kernels(hardware)
-    extras = [] if options.no_extras else gpu_kernels.extras_present(hardware)
-    layouts, first = options.layouts, present[0]
-    extras += [gpu_kernels.COMPILE] * (options.compile and gpu_kernels.COMPILE not in extras)
-    found = headline(options, first)
-    found += [f"{layouts[0]} {k} plain" for k in present]
+    (first, *others), extras = present(options, hardware)
+    layouts, kernels, found = options.layouts, [first, *others], headline(options, hardware)
+    found += [f"{layouts[0]} {k} plain" for k in others]
     found += [f"{layouts[0]} {first} plain {extra}" for extra in extras]
     found += [f"{layout} {first} plain" for layout in layouts] + [f"{layouts[0]} {first} checkpointing"]
     if not options.no_peers:
-        found += peer_variants(options, present)
-    found += [f"{x} {k} {c}" for x in layouts for k in present for c in ("plain", "checkpointing")]
+        found += peer_variants(options, kernels)
+    found += [f"{x} {k} {c}" for x in layouts for k in kernels for c in ("plain", "checkpointing")]
     return list(dict.fromkeys(name for name in found if not repeats_another(name, layouts)))
 
 
@@ -417,7 +425,7 @@ def schedule(options: argparse.Namespace, hardware: arciva.Hardware) -> list[tup
     if options.only:
         return [(r, options.shape, name) for r in range(options.repeats) for name in options.only]
     names = variants(options, hardware)
-    first = headline(options, (options.kernels or gpu_kernels.attention_kernels(hardware))[0])
+    first = headline(options, hardware)
     shapes = BIG_SHAPES if options.shape == "all" else (options.shape,)
     parts = (first, [name for name in names if name not in first])
     return [
@@ -431,7 +439,7 @@ def schedule(options: argparse.Namespace, hardware: arciva.Hardware) -> list[tup
 
 def measure(options: argparse.Namespace, hardware: arciva.Hardware, folder: str) -> tuple[Measured, int]:
     """(results, runs that the minutes did not suffice for); saved after every run."""
-    measured, left, took = Measured(options), 0, []
+    measured, left, took = Measured(options), 0, {}
     ends = time.monotonic() + 60 * options.minutes
     flags = ["--data", options.data, "--steps", options.steps, "--peer-steps", options.peer_steps]
     flags += ["--dropout", options.dropout, "--folder", folder]
@@ -439,8 +447,9 @@ def measure(options: argparse.Namespace, hardware: arciva.Hardware, folder: str)
         rounds, now = measured.rounds(shape, name), time.monotonic()
         if len(rounds) > r or (rounds and rounds[-1].get("out_of_memory")):
             continue
-        # A run that would be cut short tells nothing: none starts without the time that the slowest so far took.
-        if now + max(took, default=0) > ends:
+        # A run that would be cut short tells nothing: none starts without the time that the slowest of its kind took so far.
+        kind = re.split(r"[ \d]", name)[0]
+        if now + took.get(kind, max(took.values(), default=0)) > ends:
             left += 1
             continue
         try:
@@ -448,7 +457,7 @@ def measure(options: argparse.Namespace, hardware: arciva.Hardware, folder: str)
             rounds.append(common.run_child(Path(__file__), given, timeout=max(60, ends - now)))
         except arciva.ArcivaError as error:
             rounds.append({"failed": str(error)})
-        took.append(time.monotonic() - now)
+        took[kind] = max(took.get(kind, 0), time.monotonic() - now)
         measured.save()
         print(f"round {r + 1}  {shape}  {name}  {outcome(rounds[-1])}", file=sys.stderr, flush=True)
     return measured, left

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import importlib.metadata
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,8 @@ def pins(text: str) -> dict[str, str]:
 def test_first_cell_pins_what_requirements_pin():
     source = (ROOT / "arciva_assistant_poc.py").read_text()
     first_cell = source[source.index('"skip-execution"') : source.index("## 2. Library Imports")]
-    installed, required = pins(first_cell), pins((ROOT / "requirements.txt").read_text())
+    installed = pins(first_cell)
+    required = pins((ROOT / "requirements.txt").read_text()) | pins((ROOT / "requirements-gpu.txt").read_text())
     assert installed and {name: required.get(name) for name in installed} == installed
     assert "torch" not in installed and "numpy" not in installed and "pandas" not in installed
 
@@ -37,6 +39,7 @@ def test_the_first_cell_notices_what_pip_could_not_install(installed, words, mon
     notebook = jupytext.read(ROOT / "arciva_assistant_poc.ipynb")
     cell = next(c.source for c in notebook.cells if "skip-execution" in c.metadata.get("tags", []))
     commands = []
+    monkeypatch.setattr(shutil, "which", lambda name: None)  # a machine without a GPU
     source = re.sub(r"(?m)^(\s*)%pip (.*)$", r"\1pip(f'\2')", cell)
     required = pins((ROOT / "requirements.txt").read_text()) | {"ipykernel": "7.0.0", "torchao": "0.10.0"} | installed
     monkeypatch.setattr(importlib.metadata, "version", lambda name: required[name])
@@ -44,6 +47,19 @@ def test_the_first_cell_notices_what_pip_could_not_install(installed, words, mon
         exec(source, {"pip": commands.append})
     assert words or [command.split()[0] for command in commands] == ["install", "uninstall"]
     assert not commands or ("-c" in commands[0] and "torch==" not in commands[0])
+
+
+def test_the_first_cell_installs_triton_s_kernels_on_a_gpu_alone(monkeypatch):
+    notebook = jupytext.read(ROOT / "arciva_assistant_poc.ipynb")
+    cell = next(c.source for c in notebook.cells if "skip-execution" in c.metadata.get("tags", []))
+    required = pins((ROOT / "requirements.txt").read_text()) | pins((ROOT / "requirements-gpu.txt").read_text())
+    required |= {"ipykernel": "7.0.0", "torchao": "0.17.0"}
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: required[name])
+    for found, installed in ((None, False), ("/usr/bin/nvidia-smi", True)):
+        commands = []
+        monkeypatch.setattr(shutil, "which", lambda name, found=found: found)
+        exec(re.sub(r"(?m)^(\s*)%pip (.*)$", r"\1pip(f'\2')", cell), {"pip": commands.append})
+        assert ("liger-kernel==" in commands[0]) == installed
 
 
 def test_importing_only_defines():

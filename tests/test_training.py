@@ -288,7 +288,7 @@ SHORT, LONG = 90, 480
         ("A100-40", 83.0, "7B", 39.0, torch.bfloat16, 128, SHORT, 32, False),
         ("H100", 120.0, "7B", 79.0, torch.bfloat16, 16, SHORT, 16, False),
         ("H100", 120.0, "7B", 79.0, torch.bfloat16, 128, SHORT, 64, False),
-        ("H100", 120.0, "7B", 79.0, torch.bfloat16, 128, LONG, 8, False),
+        ("H100", 120.0, "7B", 79.0, torch.bfloat16, 128, LONG, 16, False),
         ("8 GB card", 15.0, "1.1B", 7.6, torch.float16, 16, SHORT, 16, False),
         ("CPU", 11.0, "1.1B", 11.0, torch.bfloat16, 16, SHORT, 8, False),
         ("CPU", 11.0, "1.1B", 11.0, torch.float32, 128, LONG, 16, True),
@@ -326,8 +326,57 @@ def test_the_attention_is_chosen_with_its_reason(monkeypatch):
     assert cpu.attention == cpu.packed_attention == "eager" and "mask" in cpu.attention_reason
     assert old.attention == old.packed_attention == "sdpa" and "8.0" in old.attention_reason
     assert gpu.attention == "sdpa" and gpu.packed_attention == arciva.VARLEN and "themselves" in gpu.attention_reason
-    monkeypatch.setattr(arciva, "VARLEN_OPTIONS", {"query", "is_causal"})  # as torch 2.10's
+    monkeypatch.setattr(arciva, "varlen_options", lambda: {"query", "is_causal"})  # as torch 2.10's
     assert gpu.packed_attention == "sdpa" and "2.11" in gpu.attention_reason
+
+
+@pytest.mark.parametrize(
+    ("dtype", "installed", "compiler", "expected", "words"),
+    [
+        (torch.bfloat16, True, "/usr/bin/gcc", True, "one kernel each"),
+        (torch.bfloat16, True, None, False, "install gcc"),
+        (torch.bfloat16, False, "/usr/bin/gcc", False, "requirements-gpu.txt"),
+        (torch.float16, True, "/usr/bin/gcc", False, "bf16"),
+    ],
+)
+def test_liger_s_kernels_are_chosen_with_their_reason(monkeypatch, dtype, installed, compiler, expected, words):
+    monkeypatch.setattr(arciva, "is_liger_kernel_available", lambda: installed)
+    monkeypatch.setattr(shutil, "which", lambda name: compiler)
+    monkeypatch.setattr(arciva.sysconfig, "get_path", lambda name: ROOT / "tests/headers")
+    monkeypatch.setattr(Path, "exists", lambda path: path.name == "Python.h")
+    monkeypatch.delenv("CC", raising=False)
+    gpu = arciva.Hardware("cuda", "test", 80.0, dtype, "")
+    assert gpu.liger == expected and words in gpu.liger_reason
+    assert not arciva.Hardware("cpu", "test", 80.0, dtype, "").liger
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2"])
+def test_liger_s_kernels_rotate_and_multiply_gates_only_while_training(monkeypatch, cpu, architecture):
+    """With stand-ins for its Triton kernels, which no CPU runs: same numbers, both used in every layer, and nothing left behind."""
+    model, items = make_model(architecture), [arciva.Encoded([5] * n, [9] * n) for n in (7, 12)]
+    modeling, used = sys.modules[type(model).__module__], []
+    rotate = modeling.apply_rotary_pos_emb
+
+    class Gated:
+        def forward(self, x):
+            used.append("gate")
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    liger = SimpleNamespace(
+        LigerSwiGLUMLP=Gated, liger_rotary_pos_emb=lambda *a, **k: used.append("turn") or rotate(*a, **k)
+    )
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace(transformers=liger))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
+    hardware = type("WithLiger", (arciva.Hardware,), {"liger": True})(**vars(cpu))
+    batch = arciva.collate_packed(items, 16, 0)
+    with torch.no_grad():
+        expected = arciva.supervised_logits(model, batch)[0]
+        with arciva.training_kernels(model, hardware, room_gib=0):
+            torch.testing.assert_close(arciva.supervised_logits(model, batch)[0], expected)
+        layers = model.config.num_hidden_layers
+        assert used == ["turn", "gate"] * layers
+        arciva.supervised_logits(model, batch)
+        assert len(used) == 2 * layers and modeling.apply_rotary_pos_emb is rotate
 
 
 def reference_varlen(query, key, value, bounds, _, longest, __, *, window_size, scale, enable_gqa=False):
@@ -343,11 +392,11 @@ def reference_varlen(query, key, value, bounds, _, longest, __, *, window_size, 
     return torch.cat(parts)
 
 
-@pytest.mark.skipif(not arciva.VARLEN_OPTIONS, reason="torch has no varlen attention before 2.10")
+@pytest.mark.skipif(not arciva.varlen_options(), reason="torch has no varlen attention before 2.10")
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("window", [None, 5])
 def test_torch_s_varlen_kernel_is_given_the_pairs_as_they_are(monkeypatch, cpu, architecture, window):
-    monkeypatch.setattr(arciva, "varlen_attn", reference_varlen)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", reference_varlen)
     model, items = make_model(architecture), [arciva.Encoded([5] * n, [9] * n) for n in (7, 12, 9, 4)]
     if architecture == "mistral":
         model.config.sliding_window = window

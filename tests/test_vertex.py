@@ -1023,8 +1023,10 @@ def test_the_lock_holds_every_pin_with_hashes_and_names_no_host():
     assert "uv pip compile deploy/vertex/requirements.in" in lock.splitlines()[1]
     assert "://" not in lock
     pins = dict(re.findall(r"^([a-z0-9._-]+)==([^ ;]+)", lock, re.MULTILINE))
-    wanted = [(ROOT / f).read_text() for f in ("requirements.txt", "deploy/vertex/requirements.in")]
-    wanted = re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", "\n".join(wanted), re.MULTILINE)
+    wanted = [
+        (ROOT / f).read_text() for f in ("requirements.txt", "requirements-gpu.txt", "deploy/vertex/requirements.in")
+    ]
+    wanted = re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", "\n".join(wanted), re.MULTILINE)
     assert len(wanted) > 15 and all(pins[name.lower()] == version for name, version in wanted)
     blocks = re.split(r"^(?=[a-z0-9])", lock, flags=re.MULTILINE)[1:]
     assert len(blocks) == len(re.findall(r"^[a-z0-9]", lock, re.MULTILINE)) and all(
@@ -1037,7 +1039,7 @@ def test_the_proof_of_the_lock_leaves_out_torch_and_its_cuda_alone():
     kept, left_out = prove_lock.without_torch(lock)
     assert {"torch", "triton", "nvidia-cudnn-cu13", "cuda-toolkit"} <= set(left_out)
     assert len(prove_lock.blocks(kept)) + len(left_out) == len(prove_lock.blocks(lock))
-    assert all(name.startswith(("torch", "triton", "nvidia-", "cuda-")) for name in left_out)
+    assert all(name.startswith(("torch", "triton", "liger-kernel", "nvidia-", "cuda-")) for name in left_out)
 
 
 def test_the_container_copies_what_rarely_changes_first_and_runs_without_root():

@@ -20,7 +20,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OF_TORCH = re.compile(r"(torch|triton|nvidia-[^=]*|cuda-[^=]*)==")
+OF_TORCH = re.compile(r"(torch|triton|liger-kernel|nvidia-[^=]*|cuda-[^=]*)==")
 
 
 def blocks(lock: str) -> list[str]:
