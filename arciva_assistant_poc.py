@@ -4188,9 +4188,12 @@ def nf4_round_trip(pieces: Iterable[torch.Tensor], dtype: torch.dtype) -> Iterat
     """What a 4-bit layer computes with: quantised to NF4 with double quantisation from `dtype`, and back, in fp32.
 
     A tensor comes and goes in pieces of whole blocks of 64, so that bitsandbytes' own copies stay small. Double quantisation centres
-    the scales of all blocks of a tensor: every piece is read before the first goes back.
+    the scales of all blocks of a tensor: every piece is read before the first goes back. Where there is a GPU, the base was quantised
+    there, so that is where it is done again.
     """
-    quantised = [bnb.functional.quantize_4bit(piece.to(dtype).contiguous(), quant_type="nf4") for piece in pieces]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pieces = (piece.to(device, dtype).contiguous() for piece in pieces)
+    quantised = [bnb.functional.quantize_4bit(piece, quant_type="nf4") for piece in pieces]
     absmax = torch.cat([state.absmax for _, state in quantised])
     offset = absmax.mean()
     scales, scale_state = bnb.functional.quantize_blockwise(absmax - offset, blocksize=256)
@@ -4198,7 +4201,7 @@ def nf4_round_trip(pieces: Iterable[torch.Tensor], dtype: torch.dtype) -> Iterat
     parts = absmax.split([state.absmax.numel() for _, state in quantised])
     for (packed, state), part in zip(quantised, parts, strict=True):
         state.absmax = part
-        yield bnb.functional.dequantize_4bit(packed, state).float()
+        yield bnb.functional.dequantize_4bit(packed, state).float().cpu()
 
 
 def merged_rows(base: torch.Tensor, delta: Delta | None, rows: slice, name: str) -> torch.Tensor:
