@@ -349,6 +349,28 @@ def choose_packed_attention(hardware: Hardware) -> tuple[str, str]:
     return VARLEN, "packed pairs attend to themselves alone, where a mask would pay for whole rows"
 
 
+def is_known(shape) -> bool:
+    """Whether a model of this shape computes as the kernels for GPUs do: RMS norms, SiLU gates, plain causal attention."""
+    size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    return (
+        shape.model_type in ("llama", "mistral", "qwen2")
+        and shape.hidden_act == "silu"
+        and not getattr(shape, "attention_dropout", 0.0)
+        and size % 8 == 0
+        and size <= 256  # torch's flash attention takes no other heads
+    )
+
+
+def packed_kernel(hardware: Hardware, shape) -> str:
+    """The attention kernel of packed rows of a model of this shape."""
+    return hardware.packed_attention if is_known(shape) else hardware.attention
+
+
+def uses_liger(hardware: Hardware, shape) -> bool:
+    """Whether Liger's kernels train a model of this shape."""
+    return hardware.liger and is_known(shape)
+
+
 def choose_liger(hardware: Hardware) -> tuple[bool, str]:
     """Whether training uses Liger's Triton kernels (https://github.com/linkedin/Liger-Kernel), with the reason."""
     if hardware.device == "cpu":
@@ -1451,19 +1473,16 @@ class MemoryPlan:
     weights_gib: float  # base weights, adapter, gradients and optimiser, as far as they are not loaded yet
     activations_gib: float  # at the peak
     free_gib: float
+    unpacked_gib: float = 0.0  # 4-bit weights dequantised once for the whole training, 0 where they stay packed
     host_gib: float = 0.0  # of the machine's memory while the base loads, 0 once it has
     host_free_gib: float = 0.0
 
-    @property
-    def spare_gib(self) -> float:
-        """What is left of free memory less a tenth."""
-        return 0.9 * self.free_gib - self.weights_gib - self.activations_gib
-
     def __str__(self) -> str:
+        unpacked = f" + dequantised weights {self.unpacked_gib:.2f} GiB" if self.unpacked_gib else ""
         text = (
             f"{self.micro_batch_pairs} pairs per forward pass, checkpointing {'on' if self.gradient_checkpointing else 'off'}: "
             f"weights and optimiser {self.weights_gib:.2f} GiB + activations at their peak {self.activations_gib:.2f} GiB"
-            f" of {self.free_gib:.1f} GiB"
+            f"{unpacked} of {self.free_gib:.1f} GiB"
         )
         if not self.host_gib:
             return text
@@ -1522,14 +1541,19 @@ def activation_bytes(
 
 
 # %%
+def empty_model(shape) -> tuple[torch.nn.Module, list[torch.nn.Linear]]:
+    """(model of this shape without memory, those of its layers that are quantised)."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape)
+    return model, [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in name]
+
+
 def weight_bytes(shape, hardware: Hardware, rank: int) -> tuple[float, float]:
     """(base, training): bytes of the 4-bit base; and of adapter, gradients and Adam's two moments in fp32 with 16-bit copies.
 
     Both follow from a model's shape alone.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape)
-    linear = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in name]
+    model, linear = empty_model(shape)
     quantised = sum(m.weight.numel() for m in linear)
     rest = sum(p.numel() for p in model.parameters()) - quantised
     adapter = sum(rank * (m.in_features + m.out_features) for m in linear)
@@ -1600,13 +1624,21 @@ def plan_for(shape, encoded: Sequence[Encoded], config: Config, hardware: Hardwa
         pair_tokens=tokens / len(encoded),
         answer_share=sum(item.supervised for item in encoded) / tokens,
         element=hardware.dtype.itemsize,
-        attention=hardware.packed_attention,
-        liger=hardware.liger,
+        attention=packed_kernel(hardware, shape),
+        liger=uses_liger(hardware, shape),
     )
+    plan = with_unpacked(plan, shape, hardware)
     if loaded:
         return plan
     host = replace(hardware, device="cpu")
     return replace(plan, host_gib=host_gib(shape, hardware), host_free_gib=free_memory_gib(host))
+
+
+def with_unpacked(plan: MemoryPlan, shape, hardware: Hardware) -> MemoryPlan:
+    """`plan` with dequantised copies of all 4-bit weights, where they fit beside what is planned already, less a tenth."""
+    needed = sum(m.weight.numel() for m in empty_model(shape)[1]) * hardware.dtype.itemsize / 2**30
+    spare = 0.9 * plan.free_gib - plan.weights_gib - plan.activations_gib
+    return replace(plan, unpacked_gib=needed if needed <= spare else 0.0)
 
 
 def host_gib(shape, hardware: Hardware) -> float:
@@ -1614,8 +1646,7 @@ def host_gib(shape, hardware: Hardware) -> float:
 
     Weights come shard by shard and go to the GPU one by one. Published checkpoints have shards of at most 5 GB, a small one is one shard.
     """
-    with torch.device("meta"):
-        weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
+    weights = sum(p.numel() for p in empty_model(shape)[0].parameters())
     resident = weight_bytes(shape, hardware, rank=0)[0] if hardware.device == "cpu" else 0
     return (min(2 * weights, 5e9) + resident) / 2**30
 
@@ -1629,7 +1660,9 @@ def release_memory() -> None:
 
 
 def smaller_plan(plan: MemoryPlan, config: Config) -> MemoryPlan:
-    """The next plan after an out-of-memory error: checkpointing first, then half the micro-batch."""
+    """The next plan after an out-of-memory error: weights packed first, then checkpointing, then half the micro-batch."""
+    if plan.unpacked_gib:
+        return replace(plan, unpacked_gib=0.0)
     if not plan.gradient_checkpointing:
         return replace(plan, gradient_checkpointing=True)
     smaller = [n for n in range(1, plan.micro_batch_pairs // 2 + 1) if plan.micro_batch_pairs % n == 0]
@@ -1648,7 +1681,9 @@ def plan_of_checkpoint(checkpoint: Path, plan: MemoryPlan, share: int) -> Memory
     cut = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["micro_batch"]
     if share % cut["pairs"]:
         return plan
-    return replace(plan, micro_batch_pairs=cut["pairs"], gradient_checkpointing=cut["checkpointing"])
+    same = (cut["pairs"], cut["checkpointing"]) == (plan.micro_batch_pairs, plan.gradient_checkpointing)
+    packed = {} if same else {"unpacked_gib": 0.0}  # what another cut leaves free was not estimated
+    return replace(plan, micro_batch_pairs=cut["pairs"], gradient_checkpointing=cut["checkpointing"], **packed)
 
 
 def agreed_plan(plan: MemoryPlan, hardware: Hardware) -> MemoryPlan:
@@ -1659,7 +1694,7 @@ def agreed_plan(plan: MemoryPlan, hardware: Hardware) -> MemoryPlan:
     from accelerate.utils import gather_object
 
     PartialState(cpu=hardware.device == "cpu")
-    return min(gather_object([plan]), key=lambda p: (not p.gradient_checkpointing, p.micro_batch_pairs))
+    return min(gather_object([plan]), key=lambda p: (not p.gradient_checkpointing, p.micro_batch_pairs, p.unpacked_gib))
 
 
 # %% tags=["active-ipynb"]
@@ -1809,27 +1844,6 @@ def score_losses(
         model.train(was_training)
 
 
-def check_packing(model, encoded: Sequence[Encoded], hardware: Hardware, pad_id: int) -> None:
-    """Refuse a base model that lets packed neighbours see each other: two pairs in one row must lose what each loses alone.
-
-    An architecture that ignores position ids would train on, contaminated, without a word. Rounding alone stays far below 2 %.
-    """
-    pairs = sorted(encoded, key=lambda item: len(item.input_ids))[:2]
-    alone, packed = (
-        score_losses(model, pairs, hardware, row_tokens=tokens, pad_id=pad_id, batch_tokens=1 << 30)[:, 0]
-        for tokens in (1, 1 << 30)
-    )
-    if not np.isfinite(alone).all():
-        raise ArcivaError(
-            f"the base model's loss is {alone} in {hardware.dtype}: its activations overflow; name another base model"
-        )
-    if not np.allclose(packed, alone, rtol=0.02):
-        raise ArcivaError(
-            f"{model.config.model_type} does not keep packed pairs apart (losses {packed.round(2)} packed, {alone.round(2)} alone); "
-            "expected a Llama, Mistral or Qwen2 architecture"
-        )
-
-
 def chunk_by_tokens(order: Sequence[int], lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
     """Consecutive parts of `order` of at most `limit` tokens; a single longer item stands alone."""
     chunk, load = [], 0
@@ -1870,6 +1884,7 @@ def replaced_forwards(forwards: dict[torch.nn.Module, Callable]) -> Iterator[Non
     try:
         yield
     finally:
+        forwards.clear()  # a notebook keeps the traceback of an interrupted cell, and this frame with it
         for module, forward in before.items():
             if forward is None:
                 del module.forward
@@ -1891,14 +1906,8 @@ def adapted(layer: LoraLayer, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def normalised(norm: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """The forward pass of a Llama, Mistral or Qwen2 RMS norm by torch's own, one kernel on a GPU."""
+    """The forward pass of a Llama, Mistral or Qwen2 RMS norm by torch's own, which newer versions fuse on a GPU."""
     return F.rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
-
-
-def unpacked_gib(model) -> float:
-    """GiB that the weights of all 4-bit layers take in the format they compute in."""
-    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
-    return sum(m.in_features * m.out_features * m.compute_dtype.itemsize for m in layers) / 2**30
 
 
 @contextlib.contextmanager
@@ -1907,11 +1916,12 @@ def unpacked_weights(model, room_gib: float) -> Iterator[None]:
 
     Four times the memory, so only where that is at most `room_gib`; otherwise nothing changes.
     """
+    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    needed = sum(layer.in_features * layer.out_features * layer.compute_dtype.itemsize for layer in layers)
     forwards = {}
-    for layer in model.modules() if unpacked_gib(model) <= room_gib else ():
-        if isinstance(layer, bnb.nn.Linear4bit):
-            weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-            forwards[layer] = functools.partial(multiply, layer, weight.to(layer.compute_dtype))
+    for layer in layers if needed <= room_gib * 2**30 else ():
+        weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(layer.compute_dtype)
+        forwards[layer] = functools.partial(multiply, layer, weight)
     with replaced_forwards(forwards):
         yield
 
@@ -1971,19 +1981,45 @@ def liger_kernels(model) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def training_kernels(model, hardware: Hardware, room_gib: float) -> Iterator[None]:
-    """Within, the model computes as training wants it, with `room_gib` for dequantised weights; only packed batches can be read."""
+def training_kernels(model, hardware: Hardware, *, unpack: bool = False) -> Iterator[None]:
+    """Within, the model computes as training wants it, with dequantised weights if asked; only packed batches can be read."""
+    shape = unwrap(model).config
     forwards = {m: functools.partial(adapted, m) for m in model.modules() if isinstance(m, LoraLayer)}
-    if hardware.device == "cuda":
+    if hardware.device == "cuda" and is_known(shape):
         forwards |= {m: functools.partial(normalised, m) for m in model.modules() if hasattr(m, "variance_epsilon")}
-    liger = liger_kernels(model) if hardware.liger else contextlib.nullcontext()
+    liger = liger_kernels(model) if uses_liger(hardware, shape) else contextlib.nullcontext()
     AttentionInterface.register(VARLEN, varlen_attention)
-    unwrap(model).set_attn_implementation(hardware.packed_attention)
+    unwrap(model).set_attn_implementation(packed_kernel(hardware, shape))
     try:
-        with replaced_forwards(forwards), unpacked_weights(model, room_gib), liger:
+        with replaced_forwards(forwards), unpacked_weights(model, math.inf if unpack else 0.0), liger:
             yield
     finally:
         unwrap(model).set_attn_implementation(hardware.attention)
+
+
+# %%
+def check_packing(model, encoded: Sequence[Encoded], hardware: Hardware, pad_id: int) -> None:
+    """Refuse a base model that lets packed neighbours see each other: two pairs in one row must lose what each loses alone.
+
+    An architecture that ignores position ids would train on, contaminated, without a word. Alone they go through the model as transformers
+    computes it, packed as training will, so a kernel that does not fit the model shows too. Rounding alone stays far below 2 %.
+    """
+    pairs, settings = (
+        sorted(encoded, key=lambda item: len(item.input_ids))[:2],
+        {"pad_id": pad_id, "batch_tokens": 1 << 30},
+    )
+    alone = score_losses(model, pairs, hardware, row_tokens=1, **settings)[:, 0]
+    with training_kernels(model, hardware):
+        packed = score_losses(model, pairs, hardware, row_tokens=1 << 30, **settings)[:, 0]
+    if not np.isfinite(alone).all():
+        raise ArcivaError(
+            f"the base model's loss is {alone} in {hardware.dtype}: its activations overflow; name another base model"
+        )
+    if not np.allclose(packed, alone, rtol=0.02):
+        raise ArcivaError(
+            f"{model.config.model_type} does not keep packed pairs apart (losses {packed.round(2)} packed, {alone.round(2)} alone); "
+            "expected a Llama, Mistral or Qwen2 architecture"
+        )
 
 
 # %% [markdown]
@@ -2243,7 +2279,8 @@ def training_arguments(
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
         warmup_steps=config.warmup,
         max_grad_norm=config.max_grad_norm,
-        optim="adamw_torch_fused",
+        # Fused, the loss scaler's skipped steps would count for the schedule.
+        optim="adamw_torch" if hardware.dtype == torch.float16 else "adamw_torch_fused",
         weight_decay=0.0,
         eval_strategy="steps",
         save_strategy="steps",
@@ -2323,7 +2360,7 @@ def train_until_it_fits(
                     trainer._load_best_model()
                 return trainer, plan, resumed_from
         try:
-            with training_kernels(model, trainer.hardware, plan.spare_gib):
+            with training_kernels(model, trainer.hardware, unpack=plan.unpacked_gib > 0):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             return trainer, plan, resumed_from
         except torch.OutOfMemoryError:
@@ -2359,8 +2396,7 @@ def train_adapter(
     if config.resume == "never" and process_rank()[0] == 0:
         shutil.rmtree(folder, ignore_errors=True)
     plan = agreed_plan(plan_for(unwrap(model).config, train_encoded, config, hardware, loaded=True), hardware)
-    with training_kernels(model, hardware, room_gib=0):
-        check_packing(unwrap(model), train_encoded, hardware, tokenizer.pad_token_id)
+    check_packing(unwrap(model), train_encoded, hardware, tokenizer.pad_token_id)
     # The Trainer's own place for it is among the checkpoints, which go when the adapter is saved.
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(config.reports_dir).absolute() / "tensorboard"))
     held_out = encode_held_out(tokenizer, splits["validation"], config.max_length)

@@ -38,7 +38,7 @@ def attention_kernels(hardware: arciva.Hardware) -> list[str]:
 
 
 def by_position(kernel: str) -> bool:
-    """Whether a kernel is given all pairs in one row: transformers reads flash-attn's boundaries only from one."""
+    """Whether a kernel is given all pairs in one row, whose length costs flash-attn nothing."""
     return kernel.startswith("flash")
 
 

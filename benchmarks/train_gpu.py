@@ -214,7 +214,7 @@ def train_ours(options: argparse.Namespace) -> dict:
     config = replace(config, micro_batch_pairs=pairs, row_tokens=row_tokens)
     hardware = gpu_kernels.training_with(hardware, kernel, liger=gpu_kernels.LIGER in extras)
     encoded, _, _ = arciva.encode_split(tokenizer, splits["train"], config.max_length)
-    model = arciva.add_adapter(random_nf4_model(SHAPES[options.shape], hardware, kernel), config)
+    model = arciva.add_adapter(random_nf4_model(SHAPES[options.shape], hardware, hardware.attention), config)
     if gpu_kernels.COMPILE in extras:
         gpu_kernels.compile_blocks(model)
     plan = forced_plan(arciva.unwrap(model).config, encoded, config, hardware, checkpointing == "checkpointing", kernel)
@@ -226,8 +226,10 @@ def train_ours(options: argparse.Namespace) -> dict:
     finally:
         arciva.plan_for, arciva.smaller_plan = planned, smaller
     learned = before, loss_of_some(model, tokenizer, encoded, hardware)
-    unpacked = arciva.unpacked_gib(model)
-    estimate = plan.weights_gib + plan.activations_gib + (unpacked if unpacked <= plan.spare_gib else 0)
+    base = (
+        arciva.weight_bytes(arciva.unwrap(model).config, hardware, config.rank)[0] / 2**30
+    )  # loaded, so not in the plan
+    estimate = base + plan.weights_gib + plan.activations_gib + plan.unpacked_gib
     return measurement(clock, encoded, math.ceil(len(encoded) / pairs), learned, estimate)
 
 
@@ -246,13 +248,14 @@ def forced_plan(
     shape, encoded, config: arciva.Config, hardware: arciva.Hardware, checkpointing: bool, kernel: str
 ) -> arciva.MemoryPlan:
     """The module's estimate for a layout that is given instead of chosen."""
-    base, training = arciva.weight_bytes(shape, hardware, config.rank)
+    training = arciva.weight_bytes(shape, hardware, config.rank)[1] / 2**30
     tokens, supervised, width = largest_batch(encoded, config.pairs_per_step, config.row_tokens)
     settings = {"element": hardware.dtype.itemsize, "checkpointing": checkpointing, "attention": kernel}
     settings |= {"liger": hardware.liger}
     need = arciva.activation_bytes(shape, replace(config, row_tokens=width), tokens, supervised, **settings)
     free = arciva.free_memory_gib(hardware)
-    return arciva.MemoryPlan(config.pairs_per_step, checkpointing, (base + training) / 2**30, need / 2**30, free)
+    plan = arciva.MemoryPlan(config.pairs_per_step, checkpointing, training, need / 2**30, free)
+    return arciva.with_unpacked(plan, shape, hardware)
 
 
 def no_smaller_plan(plan: arciva.MemoryPlan, config: arciva.Config) -> arciva.MemoryPlan:

@@ -1,6 +1,7 @@
 """Section 4: packing, loss, 4-bit training, resume. Run: pytest tests/test_training.py"""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from collections import Counter
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -226,9 +228,18 @@ def test_an_evaluation_within_training_does_not_use_weights_that_were_unpacked_f
             assert torch.equal(model(ids).logits, expected)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2"])
-def test_the_training_kernels_compute_what_peft_and_transformers_do(tmp_path, cpu, chatml, architecture, dropout):
+@pytest.mark.parametrize(
+    ("architecture", "dropout", "unpack", "checkpointing"),
+    [
+        ("llama", 0.0, False, False),
+        ("mistral", 0.3, True, False),
+        ("qwen2", 0.3, False, True),
+        ("qwen2", 0.0, True, True),
+    ],
+)
+def test_the_training_kernels_compute_what_peft_and_transformers_do(
+    tmp_path, cpu, chatml, architecture, dropout, unpack, checkpointing, monkeypatch
+):
     """Loss and gradients in fp32, where only the order of summation differs; the same dropout from the same seed."""
     make_model(architecture, vocabulary=len(chatml)).save_pretrained(tmp_path)
     chatml.save_pretrained(tmp_path)
@@ -240,7 +251,14 @@ def test_the_training_kernels_compute_what_peft_and_transformers_do(tmp_path, cp
     items = [arciva.Encoded(list(range(5, 5 + n)), list(range(5, 5 + n))) for n in (7, 12, 9, 4)]
     batch, found = arciva.collate_packed(items, 16, 0), {}
     on_a_gpu = type("OnGpu", (arciva.Hardware,), {"packed_attention": "eager"})("cuda", "test", 8.0, torch.float32, "")
-    for kernels in (contextlib.nullcontext(), arciva.training_kernels(model.train(), on_a_gpu, room_gib=1.0)):
+    used = Counter()
+    for name in ("adapted", "normalised", "multiply"):
+        ours = getattr(arciva, name)
+        monkeypatch.setattr(arciva, name, lambda *given, name=name, ours=ours: used.update([name]) or ours(*given))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    for kernels in (contextlib.nullcontext(), arciva.training_kernels(model.train(), on_a_gpu, unpack=unpack)):
         before = {name: m.__dict__.get("forward") for name, m in model.named_modules()}
         with kernels:
             torch.manual_seed(1)
@@ -253,6 +271,9 @@ def test_the_training_kernels_compute_what_peft_and_transformers_do(tmp_path, cp
     torch.testing.assert_close(loss, peft_loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradients, peft_gradients, rtol=1e-3, atol=1e-6)
     assert min(g.abs().max() for g in gradients.values()) > 0
+    layers, passes = model.config.num_hidden_layers, 2 if checkpointing else 1
+    assert used["adapted"] == 7 * layers * passes and used["normalised"] == 2 * layers * passes + 1
+    assert used["multiply"] == (7 * layers * passes if unpack else 0)
 
 
 SHAPES = {
@@ -350,10 +371,58 @@ def test_liger_s_kernels_are_chosen_with_their_reason(monkeypatch, dtype, instal
     assert not arciva.Hardware("cpu", "test", 80.0, dtype, "").liger
 
 
+@pytest.mark.parametrize(
+    ("change", "known"),
+    [
+        ({}, True),
+        ({"hidden_act": "gelu"}, False),
+        ({"attention_dropout": 0.1}, False),
+        ({"head_dim": 512}, False),
+        ({"model_type": "cohere"}, False),
+    ],
+)
+def test_a_model_that_gpu_kernels_would_compute_otherwise_keeps_its_own(cpu, change, known):
+    model = make_model("llama")
+    for name, value in change.items():
+        setattr(type(model.config) if name == "model_type" else model.config, name, value)
+    gpu = type("Gpu", (arciva.Hardware,), {"liger": True, "packed_attention": arciva.VARLEN})(
+        "cuda", "", 80.0, torch.bfloat16, ""
+    )
+    try:
+        assert arciva.packed_kernel(gpu, model.config) == (arciva.VARLEN if known else "sdpa")
+        assert arciva.uses_liger(gpu, model.config) == known
+        norm = model.model.norm
+        with arciva.training_kernels(model, replace_properties(gpu, packed_attention="sdpa", liger=False)):
+            assert ("forward" in norm.__dict__) == known
+    finally:
+        if "model_type" in change:
+            type(model.config).model_type = "llama"
+
+
+def replace_properties(hardware: arciva.Hardware, **properties) -> arciva.Hardware:
+    return type("Changed", (type(hardware),), properties)(**vars(hardware))
+
+
+@pytest.mark.parametrize(("free", "unpacked"), [(24.0, 0.0), (139.0, 12.2)])
+def test_weights_are_unpacked_where_the_plan_leaves_room_and_packed_again_first_when_it_did_not(free, unpacked):
+    """Qwen2.5-7B has 6.53 billion weights in 4-bit layers: 12.2 GiB in bf16."""
+    gpu = arciva.Hardware("cuda", "test", free, torch.bfloat16, "")
+    plan = arciva.with_unpacked(arciva.MemoryPlan(16, False, 6.0, 10.0, free), shape_of("7B"), gpu)
+    assert plan.unpacked_gib == pytest.approx(unpacked, abs=0.05)
+    assert ("dequantised weights 12.15 GiB" in str(plan)) == (unpacked > 0)
+    smaller = [plan]
+    while len(smaller) < 3 + (unpacked > 0):
+        smaller.append(arciva.smaller_plan(smaller[-1], arciva.Config()))
+    cuts = [(p.unpacked_gib > 0, p.gradient_checkpointing, p.micro_batch_pairs) for p in smaller]
+    expected = [(True, False, 16)] * (unpacked > 0) + [(False, False, 16), (False, True, 16), (False, True, 8)]
+    assert cuts == expected
+
+
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2"])
 def test_liger_s_kernels_rotate_and_multiply_gates_only_while_training(monkeypatch, cpu, architecture):
     """With stand-ins for its Triton kernels, which no CPU runs: same numbers, both used in every layer, and nothing left behind."""
-    model, items = make_model(architecture), [arciva.Encoded([5] * n, [9] * n) for n in (7, 12)]
+    model = make_model(architecture)
+    items = [arciva.Encoded(list(range(s, s + n)), [9] * n) for s, n in ((5, 7), (20, 12))]
     modeling, used = sys.modules[type(model).__module__], []
     rotate = modeling.apply_rotary_pos_emb
 
@@ -371,7 +440,7 @@ def test_liger_s_kernels_rotate_and_multiply_gates_only_while_training(monkeypat
     batch = arciva.collate_packed(items, 16, 0)
     with torch.no_grad():
         expected = arciva.supervised_logits(model, batch)[0]
-        with arciva.training_kernels(model, hardware, room_gib=0):
+        with arciva.training_kernels(model, hardware):
             torch.testing.assert_close(arciva.supervised_logits(model, batch)[0], expected)
         layers = model.config.num_hidden_layers
         assert used == ["turn", "gate"] * layers
@@ -393,20 +462,24 @@ def reference_varlen(query, key, value, bounds, _, longest, __, *, window_size, 
 
 
 @pytest.mark.skipif(not arciva.varlen_options(), reason="torch has no varlen attention before 2.10")
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2"])
-@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(
+    ("architecture", "window"), [("llama", None), ("mistral", None), ("mistral", 5), ("qwen2", None)]
+)
 def test_torch_s_varlen_kernel_is_given_the_pairs_as_they_are(monkeypatch, cpu, architecture, window):
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", reference_varlen)
-    model, items = make_model(architecture), [arciva.Encoded([5] * n, [9] * n) for n in (7, 12, 9, 4)]
-    if architecture == "mistral":
-        model.config.sliding_window = window
+    asked = []
+    kernel = lambda *given, **settings: asked.append(1) or reference_varlen(*given, **settings)  # noqa: E731
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", functools.wraps(reference_varlen)(kernel))
+    model = make_model(architecture)
+    items = [arciva.Encoded(list(range(s, s + n)), [9] * n) for s, n in ((5, 7), (20, 12), (40, 9), (60, 4))]
+    model.config.sliding_window = window
     batch = arciva.collate_packed(items, 16, 0)
     assert batch["input_ids"].shape[0] == 2  # rows laid end to end
     by_pairs = type("ByPairs", (arciva.Hardware,), {"packed_attention": arciva.VARLEN})(**vars(cpu))
     with torch.no_grad():
         expected = arciva.supervised_logits(model, batch)[0]
-        with arciva.training_kernels(model, by_pairs, room_gib=0):
+        with arciva.training_kernels(model, by_pairs):
             found = arciva.supervised_logits(model, batch)[0]
+    assert len(asked) == model.config.num_hidden_layers
     assert model.config._attn_implementation == cpu.attention
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
@@ -698,8 +771,8 @@ def test_a_resumed_run_cuts_its_steps_as_the_interrupted_one_did(tmp_path):
     plan = arciva.MemoryPlan(16, False, 0.1, 0.1, 8.0)
     cut = {"versions": {}, "micro_batch": {"pairs": 4, "checkpointing": True}}
     (tmp_path / "COMPLETE").write_text(json.dumps(cut))
-    resumed = arciva.plan_of_checkpoint(tmp_path, plan, share=16)
-    assert (resumed.micro_batch_pairs, resumed.gradient_checkpointing) == (4, True)
+    resumed = arciva.plan_of_checkpoint(tmp_path, replace(plan, unpacked_gib=0.1), share=16)
+    assert (resumed.micro_batch_pairs, resumed.gradient_checkpointing, resumed.unpacked_gib) == (4, True, 0.0)
     assert arciva.plan_of_checkpoint(tmp_path, plan, share=2) is plan  # eight processes now, two pairs each
 
 
@@ -779,7 +852,7 @@ def test_running_out_of_memory_makes_smaller_passes_and_ends_with_the_same_weigh
     monkeypatch.setattr(arciva, "answer_loss", too_large)
     result, weights = train(tiny_config, cpu, **settings)
     assert result.plan.micro_batch_pairs == 4 and result.plan.gradient_checkpointing and result.resumed_from == 0
-    assert capsys.readouterr().out.count("out of memory") == 2
+    assert capsys.readouterr().out.count("out of memory") == 3  # weights packed, activations recomputed, half the pairs
     # As for any other micro-batch: rounding of 1e-7, divided by a small gradient, moves a weight by a share of the rate.
     assert max((expected[n] - weights[n]).abs().max().item() for n in expected) < 1e-3
 
