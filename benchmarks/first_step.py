@@ -58,7 +58,7 @@ STAGES = {
     "measure_model": "verification",
     "load_merged_model": "verification",
     "compare_models": "verification",
-    "record_verification": "verification",
+    "publish_merged": "verification",
 }
 # What is worth seeing within a stage.
 INNER = {"generate_answers": "answers", "score_losses": "losses", "encode_split": "encoding"}
