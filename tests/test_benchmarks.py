@@ -1,5 +1,6 @@
 """The benchmarks run at small sizes, compare what they say they compare, and build the model they claim to."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import common
+import first_step
 import gpu_kernels
 import merge
 import peers
@@ -438,6 +440,14 @@ def test_kernels_are_those_that_the_card_can_run(capability, flash2, flash3, exp
 def test_a_cpu_has_the_module_s_kernel_and_no_extras(hardware):
     cpu = arciva.Hardware("cpu", "test", 8.0, torch.float32, "")
     assert gpu_kernels.attention_kernels(cpu) == ["eager", "sdpa"] and gpu_kernels.extras_present(cpu) == []
+
+
+def test_every_function_that_is_timed_as_a_stage_is_one_that_a_run_calls():
+    called = inspect.getsource(arciva.run_pipeline) + inspect.getsource(arciva.train_until_it_fits)
+    called += inspect.getsource(arciva.generate_answers) + inspect.getsource(arciva.predict_split)
+    missing = [n for n in {**first_step.STAGES, **first_step.INNER} if not callable(getattr(arciva, n, None))]
+    unused = [n for n in first_step.STAGES if f"{n}(" not in called]
+    assert not missing and not unused
 
 
 @pytest.mark.slow
