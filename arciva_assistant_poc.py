@@ -46,14 +46,14 @@
 #
 # if sys.version_info < (3, 11):
 #     raise RuntimeError(f"Python {sys.version.split()[0]} is too old, expected 3.11 or newer: choose another image")
-# kept = []
+# kept = {}
 # for package in ("torch", "numpy", "pandas", "ipykernel", "ipywidgets", "jupyterlab"):
 #     with contextlib.suppress(PackageNotFoundError):
-#         kept.append(f"{package}=={version(package)}")
-# if tuple(int(part) for part in version("torch").split(".")[:2]) < (2, 6):
-#     raise RuntimeError(f"torch {version('torch')} is too old, expected 2.6 or newer: choose another image")
+#         kept[package] = version(package)
+# if "torch" not in kept or tuple(int(part) for part in kept["torch"].split(".")[:2]) < (2, 6):
+#     raise RuntimeError(f"torch is {kept.get('torch', 'missing')}, expected 2.6 or newer: choose another image")
 # constraints = Path(tempfile.gettempdir()) / "arciva-constraints.txt"
-# constraints.write_text("\n".join(kept))
+# constraints.write_text("\n".join(f"{package}=={found}" for package, found in kept.items()))
 #
 # pins = (
 #     "transformers==5.23.0 peft==0.21.2 bitsandbytes==0.50.2 accelerate==1.15.0 datasets==5.2.0 evaluate==0.4.6"
@@ -65,9 +65,12 @@
 #
 # for pin in pins.split():  # pip reports a conflict and goes on; what the image brought must not be taken for it
 #     name, _, expected = pin.partition("==")
-#     if version(name) != expected:
+#     found = "missing"
+#     with contextlib.suppress(PackageNotFoundError):
+#         found = version(name)
+#     if found != expected:
 #         raise RuntimeError(
-#             f"{name} is {version(name)}, expected {expected}: see what pip says above, then restart and run again"
+#             f"{name} is {found}, expected {expected}: see what pip says above, then restart and run again"
 #         )
 # with contextlib.suppress(PackageNotFoundError):
 #     if tuple(int(part) for part in version("torchao").split(".")[:2]) < (0, 16):
@@ -90,6 +93,7 @@ import http.client
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -490,6 +494,10 @@ def configure(hardware: Hardware, **overrides) -> tuple[Config, str]:
 
 def check_config(config: Config, processes: int | None = None) -> None:
     """Refuse values that would fail later, or worse, not fail; `processes` will train, by default those that run now."""
+    for f in fields(config):
+        value, wanted = getattr(config, f.name), f.type | int if f.type in (float, float | None) else f.type
+        if not isinstance(value, wanted) or (isinstance(value, bool) and f.type is not bool):
+            raise ArcivaError(f"{f.name} is {value!r}, expected {getattr(f.type, '__name__', f.type)}")
     numbers = (
         "rank alpha epochs learning_rate pairs_per_step row_tokens max_length max_new_tokens evaluations_per_epoch patience"
         " log_every generation_batch max_eval_rows"
@@ -502,6 +510,10 @@ def check_config(config: Config, processes: int | None = None) -> None:
         if not 0 <= getattr(config, name) < limit:  # also refuses NaN
             most = f" and below {limit}" if limit < math.inf else ""
             raise ArcivaError(f"{name} is {getattr(config, name)}, expected 0 or more{most}")
+    for name, value in thresholds(config).items():
+        most = 100 if name == "min_bleu" else 1
+        if not 0 <= value <= most:
+            raise ArcivaError(f"{name} is {value}, expected a figure from 0 to {most}")
     check_folders(config)
     if config.report_to not in ("none", "tensorboard", "wandb"):
         raise ArcivaError(f"report_to is {config.report_to!r}, expected 'none', 'tensorboard' or 'wandb'")
@@ -579,6 +591,15 @@ def check_acceptance(config: Config) -> None:
 def suite_files(folder: str = "data/suites") -> list[Path]:
     """The suites below the working directory or, where there are none, beside the module."""
     return sorted(Path(folder).glob("*.jsonl")) or sorted((REPOSITORY / folder).glob("*.jsonl"))
+
+
+def settings_line(config: Config) -> str:
+    """What training will do, in one line: the values that count after profile, switches and flags."""
+    names = "rank alpha dropout epochs learning_rate pairs_per_step row_tokens max_length seed".split()
+    values = {name: getattr(config, name) for name in names}
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()
+    )
 
 
 # %% [markdown]
@@ -696,21 +717,23 @@ def quieten_libraries() -> None:
 # hardware = detect_hardware()
 # config, reason = configure(
 #     hardware,
-#     use_debug_model=USE_DEBUG_MODEL,
-#     base_model=BASE_MODEL,
-#     data=DATA,
-#     epochs=EPOCHS,
-#     learning_rate=LEARNING_RATE,
-#     max_length=MAX_LENGTH,
-#     pairs_per_step=PAIRS_PER_STEP,
-#     micro_batch_pairs=MICRO_BATCH_PAIRS,
-#     log_every=LOG_EVERY,
-#     output_dir=OUTPUT_DIR,
-#     merged_dir=MERGED_DIR,
-#     reports_dir=REPORTS_DIR,
-#     checkpoint_dir=CHECKPOINT_DIR,
-#     resume=RESUME,
-#     **SETTINGS,
+#     **dict(
+#         use_debug_model=USE_DEBUG_MODEL,
+#         base_model=BASE_MODEL,
+#         data=DATA,
+#         epochs=EPOCHS,
+#         learning_rate=LEARNING_RATE,
+#         max_length=MAX_LENGTH,
+#         pairs_per_step=PAIRS_PER_STEP,
+#         micro_batch_pairs=MICRO_BATCH_PAIRS,
+#         log_every=LOG_EVERY,
+#         output_dir=OUTPUT_DIR,
+#         merged_dir=MERGED_DIR,
+#         reports_dir=REPORTS_DIR,
+#         checkpoint_dir=CHECKPOINT_DIR,
+#         resume=RESUME,
+#     )
+#     | SETTINGS,
 # )
 # check_writable(config)
 # check_acceptance(config)
@@ -722,10 +745,12 @@ def quieten_libraries() -> None:
 # print(f"{'attention':<12}{hardware.packed_attention}: {hardware.attention_reason}")
 # print(f"{'Liger':<12}{'on' if hardware.liger else 'off'}: {hardware.liger_reason}")
 # print(f"{'base model':<12}{reason}")
+# print(f"{'training':<12}{settings_line(config)}")
 # print(f"{'packages':<12}{', '.join(f'{name} {version}' for name, version in package_versions().items())}")
 
 # %% [markdown]
-# The base-model line is the one to read first: on a GPU it should name the 7B model, and if it does not, it says what to change.
+# The base-model line is the one to read first: on a GPU it should name the 7B model, and if it does not, it says why. The training
+# line holds the values that count, after the profile's and those of the switches above.
 
 # %% [markdown]
 # ## 3. Data Ingestion & Splits
@@ -939,7 +964,7 @@ def load_examples(sources: str) -> tuple[list[Example], Counter]:
 # %% tags=["active-ipynb"]
 # examples, verdicts = load_examples(config.data)
 # print(f"{len(examples):,} examples from {config.data}; reviewers' verdicts: {dict(verdicts)}")
-# pd.DataFrame([{"language": e.language, "topic": e.topic} for e in examples]).value_counts().unstack(0).T
+# pd.DataFrame([{"language": e.language, "topic": e.topic} for e in examples]).value_counts().unstack(0)
 
 # %% [markdown]
 # A product assistant is asked two different things. *Rephrased*: something it was taught, in words it has not seen. *Unseen*:
@@ -1052,6 +1077,7 @@ class SplitReport:
     naive_known_answers: float  # share of a random split's held-out rows whose very answer is in its training side
     near_duplicates: float  # the first share under this split
     known_answers: float  # the second share under this split, over its unseen half
+    known_rephrased: float  # the same over its rephrased half, which asks for what was taught
 
 
 def leak_rates(
@@ -1091,7 +1117,10 @@ def split_examples(examples: Sequence[Example], seed: int) -> tuple[datasets.Dat
         novelty.append("train" if side == "train" else "rephrased" if known else "unseen")
     naive = leak_rates(examples, random_sides(examples, seed, len(held_out)), pairs)
     kept = ["aside" if i in aside else side for i, side in enumerate(sides)]
-    unseen = ["aside" if n == "rephrased" else side for n, side in zip(novelty, kept, strict=True)]
+    halves = {
+        half: [side if n in ("train", half) else "aside" for n, side in zip(novelty, kept, strict=True)]
+        for half in ("unseen", "rephrased")
+    }
     rows = [{**vars(e), "novelty": n} for e, n in zip(examples, novelty, strict=True)]
     splits = {
         side: [r for r, k in zip(rows, kept, strict=True) if k == side] for side in ("train", "validation", "test")
@@ -1107,7 +1136,8 @@ def split_examples(examples: Sequence[Example], seed: int) -> tuple[datasets.Dat
         naive_near_duplicates=naive[0],
         naive_known_answers=naive[1],
         near_duplicates=leak_rates(examples, kept, pairs)[0],
-        known_answers=leak_rates(examples, unseen, pairs)[1],
+        known_answers=leak_rates(examples, halves["unseen"], pairs)[1],
+        known_rephrased=leak_rates(examples, halves["rephrased"], pairs)[1],
     )
     return datasets.DatasetDict({side: datasets.Dataset.from_list(members) for side, members in splits.items()}), report
 
@@ -1121,12 +1151,14 @@ def split_examples(examples: Sequence[Example], seed: int) -> tuple[datasets.Dat
 #     f"near-copies in training   random split {split_report.naive_near_duplicates:6.1%}   this split {split_report.near_duplicates:6.1%}"
 # )
 # print(
-#     f"answer known in training  random split {split_report.naive_known_answers:6.1%}   this split, unseen half {split_report.known_answers:6.1%}"
+#     f"answer known in training  random split {split_report.naive_known_answers:6.1%}   this split {split_report.known_answers:6.1%}"
+#     f" of the unseen half, {split_report.known_rephrased:.1%} of the rephrased one"
 # )
 
 # %% [markdown]
-# The last line is why the split is not random: the share of held-out rows whose very answer a random split would have given away.
-# What that does to the figures is measured in `benchmarks/leak.py`.
+# The last line is why the split is not random. A random split gives the very answer of most held-out rows away and does not say of
+# which; here the rephrased half asks for what was taught, on purpose, and nothing of the unseen half was. What that does to the
+# figures is measured in `benchmarks/leak.py`.
 # Near-copies were weeded out while this corpus was written; collected data usually has some, and the line above would show them.
 # Sides are not balanced by topic: a family goes as a whole, so a small held-out side can hold much of one topic, as the table shows.
 
@@ -1330,7 +1362,7 @@ def mask_html(tokenizer, item: Encoded) -> str:
 # %% [markdown]
 # ## 4. QLoRA Fine-Tuning
 #
-# The base model is frozen in 4-bit NormalFloat (Dettmers et al. 2023, "QLoRA"); small fp32 adapters on every linear layer learn.
+# The base model is frozen in 4-bit NormalFloat (Dettmers et al. 2023, "QLoRA"); fp32 adapters on every linear layer learn.
 # Three details decide whether that works. Norms are kept in fp32, while embeddings and head are not upcast: for a 7B model
 # that would cost 2 GiB and buy nothing. On a CPU, bitsandbytes repacks weights for a fused kernel at the first evaluation and
 # never unpacks them; that kernel has no gradient, so the path is switched off. And weights come from safetensors only.
@@ -1703,10 +1735,11 @@ def agreed_plan(plan: MemoryPlan, hardware: Hardware) -> MemoryPlan:
 
 # %% [markdown]
 # The line says how an optimiser step is cut: pairs that go through the model together, whether activations are recomputed to save
-# memory, and what both are estimated to need of what is free.
+# memory, and what that is estimated to need of what is free, with 4-bit weights dequantised for the whole training where there is room.
+# What loading takes of the machine's memory is for GPU machines that have less of it than the card.
 #
-# Pairs here are short, and a 4-bit layer is dequantised once per pass, not per token: feeding pairs one by one, or
-# padded, leaves most of the hardware idle. The pairs of a micro-batch are packed into a few rows of equal load instead. Position ids
+# Pairs here are short, and bitsandbytes dequantises a layer in every forward and backward pass, however few tokens it is for: feeding
+# pairs one by one, or padded, leaves most of the hardware idle. The pairs of a micro-batch are packed into a few rows of equal load instead. Position ids
 # restart at every pair, from which transformers derives the block-diagonal mask. It does so **only without an attention
 # mask and without a cache**; either one silently lets neighbours see each other.
 
@@ -1870,7 +1903,7 @@ def perplexity(losses: np.ndarray) -> float:
 # %% [markdown]
 # Beside its matrix products a LoRA step moves tensors about, and that can cost as much. While training runs, three things are done
 # otherwise than peft, bitsandbytes and transformers do them, with the same numbers: the adapter's product is added into the layer's
-# result instead of to copies of it; where memory is left, 4-bit weights are dequantised once instead of twice per pass; and on GPUs
+# result instead of to copies of it; where memory is left, 4-bit weights are dequantised once for the whole training; and on GPUs
 # norms are torch's fused ones, and attention works on pairs of any length, without a mask, where the card has the kernel.
 
 
@@ -2155,7 +2188,9 @@ def plot_loss(history: Sequence[dict]) -> Figure:
     axes.set(xlabel="optimiser step", ylabel="loss (nats per answer token)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.02)
-    axes.set_xlim(right=axes.get_xlim()[1] * 1.22)
+    last = max((h["step"] for h in history), default=0)
+    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= last])
+    axes.set_xlim(right=axes.get_xlim()[1] * 1.22)  # for the curves' names
     return figure
 
 
@@ -2244,7 +2279,7 @@ def base_fingerprint(base_model: str) -> str | None:
 
 
 def run_fingerprint(config: Config, encoded: Sequence[Encoded]) -> str:
-    """Names a training run by what determines its weights: data, settings and package versions."""
+    """Names a training run by what determines its result: training and held-out pairs, settings and package versions."""
     irrelevant = set(
         "report_to resume max_new_tokens generation_batch max_eval_rows merge_base log_every data"
         " compare_to not_worse_than_base".split()
@@ -2352,6 +2387,7 @@ def train_until_it_fits(
         plan = plan_of_checkpoint(checkpoint, plan, config.pairs_per_step // process_rank()[1])
     while True:
         trainer = make_trainer(plan)
+        trainer.args.eval_on_start = checkpoint is None  # where the curves begin: the untrained adapter is the base
         if checkpoint:
             print(f"going on from step {step_number(checkpoint):,} of an interrupted run ({checkpoint})")
             if state := ended(checkpoint, config.patience):
@@ -2392,15 +2428,23 @@ def train_adapter(
     """
     train_encoded, _, too_long = encode_split(tokenizer, splits["train"], config.max_length)
     name_too_long(too_long, "training", config.max_length)
-    folder = Path(config.checkpoint_dir) / run_fingerprint(config, train_encoded)
+    held_out = encode_held_out(tokenizer, splits["validation"], config.max_length)
+    folder = Path(config.checkpoint_dir) / run_fingerprint(
+        config, [*train_encoded, *itertools.chain(*held_out.values())]
+    )
     if config.resume == "never" and process_rank()[0] == 0:
         shutil.rmtree(folder, ignore_errors=True)
     plan = agreed_plan(plan_for(unwrap(model).config, train_encoded, config, hardware, loaded=True), hardware)
     check_packing(unwrap(model), train_encoded, hardware, tokenizer.pad_token_id)
     # The Trainer's own place for it is among the checkpoints, which go when the adapter is saved.
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(config.reports_dir).absolute() / "tensorboard"))
-    held_out = encode_held_out(tokenizer, splits["validation"], config.max_length)
     live, stop = LossHistory(live=running_in_notebook()), StopOnSignal()
+    if process_rank()[0] == 0:
+        per_epoch = math.ceil(len(train_encoded) / config.pairs_per_step)
+        print(
+            f"{len(train_encoded):,} pairs, {config.pairs_per_step} per step: {per_epoch:,} steps an epoch, "
+            f"at most {math.ceil(per_epoch * config.epochs):,} in {config.epochs:g}"
+        )
 
     def make_trainer(plan: MemoryPlan) -> AnswerTrainer:
         trainer = AnswerTrainer(
@@ -2464,9 +2508,9 @@ def train_adapter(
 # print(training.plan)
 
 # %% [markdown]
-# Both held-out curves should fall first. Afterwards they part: the rephrased one stays low, because the facts behind it are in
-# training, while the unseen one rises once the model is sure of what it knows. A rephrased curve that rises is overfitting, and the
-# run goes back to the best checkpoint.
+# The held-out curves begin at step 0, with the base. The rephrased one should fall and stay low, because the facts behind it are in
+# training; the unseen one may rise again once the model is sure of what it knows. A rephrased curve that rises is overfitting, and
+# the run goes back to the best checkpoint.
 
 
 # %%
@@ -2571,7 +2615,7 @@ def load_tuned_model(config: Config, hardware: Hardware) -> tuple[PeftModel, obj
 # %% tags=["active-ipynb"]
 # adapter_folder = save_adapter(model, tokenizer, training, splits, config)
 # write_loss(training.history, config.reports_dir)
-# print(*sorted(f"{p.stat().st_size / 2**20:8.2f} MiB  {p}" for p in adapter_folder.iterdir()), sep="\n")
+# print(*sorted(f"{p.stat().st_size / 2**10:10,.1f} KiB  {p}" for p in adapter_folder.iterdir()), sep="\n")
 
 # %% [markdown]
 # ## 5. Metrics
@@ -2579,7 +2623,7 @@ def load_tuned_model(config: Config, hardware: Hardware) -> tuple[PeftModel, obj
 # The untuned base stands beside the tuned model in everything below: it is the same network with its adapter switched off. Answers
 # are decoded greedily and in batches. What all prompts share, the system prompt, is read once; padding stands before what they do not
 # share, with explicit positions; and finished answers leave the batch, so that one long answer does not keep the others computing.
-# 4-bit weights are dequantised once per call, where memory holds them, and not once per token, as in training.
+# Where memory holds them, 4-bit weights are dequantised once for all these answers instead of at every token.
 
 
 # %%
@@ -2778,13 +2822,16 @@ def predict(model, tokenizer, splits: datasets.DatasetDict, config: Config, hard
 # started = time.perf_counter()
 # predictions = predict(model, tokenizer, splits, config, hardware)
 # print(f"{2 * len(predictions):,} answers in {time.perf_counter() - started:.0f} s")
-# predictions.query("split == 'test' and novelty == 'rephrased'")[
-#     ["question", "reference", "base_answer", "tuned_answer"]
-# ].head(4)
+# with pd.option_context("display.max_colwidth", None):
+#     shown = ["question", "reference", "base_answer", "tuned_answer"]
+#     display(predictions.query("split == 'test' and novelty == 'rephrased'")[shown].head(4))
 
 # %% [markdown]
+# Where a tuned answer is not its reference, look whether it says the same in other words or answers another question: the figures
+# below count both as misses, and only the first one helps a user.
+#
 # BLEU and chrF come from sacrebleu, with its signature in the report. ROUGE-L comes from rouge-score, but not with its default tokenizer, which
-# deletes every letter beyond a–z: *Größe* would become *gr e*. Three of them are also `evaluate.Metric`s, which drop into any
+# deletes every letter beyond a–z: *Größe* would become *gr e*. BLEU, ROUGE-L and exact match are also `evaluate.Metric`s, which drop into any
 # script of the field; nothing is fetched from the hub. Beneath them lie sums per question ("statistics") that add up to the corpus
 # figure; drawing questions again and adding their sums is the bootstrap. sacrebleu counts; the step from its counts to a figure is
 # written out here for whole arrays, because a thousand samples of each group would take sacrebleu minutes.
@@ -3056,6 +3103,10 @@ def build_report(predictions: pd.DataFrame, config: Config) -> dict:
     }
 
 
+# Of n families, base and tuned can be told apart with p ≥ 2^(1 - n): below 0.05 from six on.
+LEAST_FAMILIES = 6
+
+
 def report_line(group: str, scores: dict, metric: str) -> dict:
     """One metric of one group as text; what has no direction was neither won nor lost."""
     figure, paired = scores[metric], scores[metric].get("paired")
@@ -3073,13 +3124,19 @@ def report_line(group: str, scores: dict, metric: str) -> dict:
 def report_table(report: dict, metrics: Sequence[str] = tuple(spec.name for spec in METRICS)) -> pd.DataFrame:
     """Base beside tuned with intervals, one line per held-out group and metric."""
     lines = [report_line(group, scores, name) for group, scores in report["groups"].items() for name in metrics]
-    return pd.DataFrame(lines).set_index(["group", "questions", "families", "metric"])
+    index = ["group", "questions", "families", "metric"]
+    return pd.DataFrame(lines, columns=[*index, "base", "tuned", "won / tied / lost", "p"]).set_index(index)
 
 
-def slice_table(report: dict, column: str, metrics: Sequence[str] = ("rouge_l",)) -> pd.DataFrame:
-    """The same by language, topic, kind or style, both held-out sides together."""
+def slice_table(
+    report: dict, column: str, metrics: Sequence[str] = ("rouge_l",), least: int = LEAST_FAMILIES
+) -> pd.DataFrame:
+    """The same by language, topic, kind or style, both held-out sides together, for slices of at least so many families."""
     groups = {
-        f"{value}/{novelty}": scores for value, both in report["by"][column].items() for novelty, scores in both.items()
+        f"{value}/{novelty}": scores
+        for value, both in report["by"][column].items()
+        for novelty, scores in both.items()
+        if scores["clusters"] >= least
     }
     return report_table({"groups": dict(sorted(groups.items()))}, metrics)
 
@@ -3090,15 +3147,18 @@ def slice_table(report: dict, column: str, metrics: Sequence[str] = ("rouge_l",)
 # report_table(report)
 
 # %% [markdown]
-# The same answers through `evaluate`'s interface, without intervals: BLEU must be the table's figure for the tuned model.
+# The same answers through `evaluate`'s interface, without intervals: the figures must be the table's for the tuned model.
 
 # %% tags=["active-ipynb"]
 # rephrased = predictions.query("split == 'test' and novelty == 'rephrased'")
-# CorpusBleu().compute(predictions=list(rephrased["tuned_answer"]), references=list(rephrased["reference"]))
+# answers = {"predictions": list(rephrased["tuned_answer"]), "references": list(rephrased["reference"])}
+# for metric in (CorpusBleu(), UnicodeRougeL(), NormalisedExactMatch()):
+#     print({name: round(value, 4) for name, value in metric.compute(**answers).items()})
 
 # %% [markdown]
-# Where the assistant is weak is a question of language, topic and kind. Slices are small: compare their intervals before their values,
-# and expect a p-value below 0.05 in one of twenty without any cause.
+# Where the assistant is weak is a question of language, topic and kind. Slices are of both held-out sides, and those of fewer than six
+# families are left out: no difference could be shown there. Compare the others' intervals before their values, and expect a p-value
+# below 0.05 in one of twenty without any cause.
 
 # %% tags=["active-ipynb"]
 # pd.concat([slice_table(report, column) for column in ("language", "topic", "kind")], keys=["language", "topic", "kind"])
@@ -3107,7 +3167,7 @@ def slice_table(report: dict, column: str, metrics: Sequence[str] = ("rouge_l",)
 # Read the rephrased rows first: that is the assistant doing its job. Tuned perplexity near 1 with a high ROUGE-L means it found the
 # fact behind a new wording; a low perplexity with a low ROUGE-L means fluent answers about the wrong fact. On the unseen rows a
 # model that knows what it does not know would refuse; a nano base cannot, and its figures there only show how much is
-# guesswork. `cut_off` should fall to nearly zero: a model that keeps talking was not taught to stop.
+# guesswork. `cut_off` should be nearly zero after tuning: a model that keeps talking was not taught to stop.
 
 
 # %%
@@ -3126,12 +3186,7 @@ def load_predictions(reports_dir: str) -> pd.DataFrame:
     path = Path(reports_dir) / "predictions.jsonl"
     if not path.is_file():
         raise ArcivaError(f"no {path}: expected the predictions of an evaluation; run the evaluate stage first")
-    return pd.read_json(
-        path,
-        lines=True,
-        convert_dates=False,
-        dtype={"question": str, "reference": str, "base_answer": str, "tuned_answer": str},
-    )
+    return pd.read_json(path, lines=True, dtype=False)  # an id or answer of "0012" is no number
 
 
 def load_report(reports_dir: str, *, missing_ok: bool = False) -> dict | None:
@@ -3453,6 +3508,21 @@ def run_suite(
     return pd.DataFrame(rows)
 
 
+# %% tags=["active-ipynb"]
+# suite_items = load_suites()
+# print(
+#     f"{len(suite_items)} items:", ", ".join(f"{n} {kind}" for kind, n in Counter(i.type for i in suite_items).items())
+# )
+# for item in [i for i in suite_items if i.type in ("absent", "twin") and i.language == "en"][:2]:
+#     print(f"\n{item.type}: {item.prompt}")
+#     for answer in (item.gold, "Yes, just open the menu.", "There is no such feature."):
+#         print(f"  {'; '.join(failures(item, answer)) or 'passes'}: {answer[:90]}")
+
+# %% [markdown]
+# A probe asks for what does not exist, its twin for what does. The authored answer must pass both; saying yes to everything must fail
+# the one, and denying everything the other.
+
+
 # %%
 def suite_matrix(results: pd.DataFrame) -> pd.DataFrame:
     """Pass rate of each capability and type of item."""
@@ -3641,13 +3711,10 @@ def load_suite_results(reports_dir: str) -> dict[str, pd.DataFrame] | None:
     files = {who: Path(reports_dir) / f"suites_{who}.jsonl" for who in ("tuned", "base")}
     if not all(file.is_file() for file in files.values()):
         return None
-    # An answer of "0012" is no number.
-    words = dict.fromkeys(("id", "family", "prompt", "gold", "answer", "reasons"), str)
-    return {who: pd.read_json(file, lines=True, convert_dates=False, dtype=words) for who, file in files.items()}
+    return {who: pd.read_json(file, lines=True, dtype=False) for who, file in files.items()}
 
 
 # %% tags=["active-ipynb"]
-# suite_items = load_suites()
 # suites = (
 #     run_suites(model, tokenizer, suite_items, knowledge_vocabulary(examples), config, hardware) if suite_items else None
 # )
@@ -3662,12 +3729,17 @@ def load_suite_results(reports_dir: str) -> dict[str, pd.DataFrame] | None:
 # declines everything fails the probes too, because "I cannot help" does not tell anybody that a feature is missing. Neither gets a balanced
 # accuracy of one half. What such answerers without any knowledge reach is printed by `python tools/run_suites.py --canned`; a figure
 # near theirs, as of a nano base that neither refuses nor answers reliably, says nothing. The matrix below shows the share of passed items
-# by capability and type of check, for the base and for the tuned model.
+# by capability and type of check, for the base and for the tuned model, behind the number of items: where that is a handful, read their
+# answers in the dashboard instead.
 
 # %% tags=["active-ipynb"]
 # matrices = {who: suite_matrix(suites[who]) for who in ("base", "tuned")} if suites else {}
 # matrix = pd.concat(matrices, names=["model"]).swaplevel().sort_index() if suites else None
-# matrix.style.format("{:.0%}", na_rep="") if suites else "no suites"
+# if suites:
+#     matrix.insert(
+#         0, "items", suites["tuned"]["capability"].value_counts().reindex(matrix.index.get_level_values(0)).values
+#     )
+# matrix.style.format(dict.fromkeys(matrix.columns[1:], "{:.0%}"), na_rep="") if suites else "no suites"
 
 # %% [markdown]
 # ### Whether it ships
@@ -3739,9 +3811,9 @@ def worse_suites(before: pd.DataFrame, after: pd.DataFrame, against: str) -> lis
 
 # %%
 def report_of_adapter(config: Config, *, missing_ok: bool = False) -> dict | None:
-    """The report on the adapter in `output_dir`; another adapter's counts as none."""
-    report = load_report(config.reports_dir, missing_ok=missing_ok)
-    if report and report.get("adapter") != adapter_fingerprint(config.output_dir):
+    """The report on the adapter in `output_dir`, or on whichever it judges where none is there; another adapter's counts as none."""
+    report, adapter = load_report(config.reports_dir, missing_ok=missing_ok), adapter_fingerprint(config.output_dir)
+    if report and adapter and report.get("adapter") != adapter:
         if missing_ok:
             return None
         raise ArcivaError(
@@ -3893,7 +3965,7 @@ SHOWN = [
 
 # %% [markdown]
 # Colab has a table of its own, to sort and filter; Jupyter gets widgets, which a committed notebook does not keep: on GitHub the
-# table after the next paragraph stands in for them.
+# last table of this section stands in for them.
 
 
 # %%
@@ -4411,7 +4483,7 @@ def unverified(config: Config) -> Config:
 # started = time.perf_counter()
 # merged_folder = merge_adapter(unverified(config))
 # print(f"merged in {time.perf_counter() - started:.1f} s")
-# print(*sorted(f"{p.stat().st_size / 2**20:8.2f} MiB  {p}" for p in merged_folder.iterdir()), sep="\n")
+# print(*sorted(f"{p.stat().st_size / 2**10:10,.1f} KiB  {p}" for p in merged_folder.iterdir()), sep="\n")
 
 # %% [markdown]
 # A merge must be checked before it replaces an earlier one. The merged folder is loaded the way a user would, without peft or
@@ -4667,7 +4739,7 @@ def run_pipeline(
             )
             written["suites"] = Path(config.reports_dir) / "suites.json"
     if "dashboard" in stages:
-        predictions, report = load_predictions(config.reports_dir), load_report(config.reports_dir)
+        predictions, report = load_predictions(config.reports_dir), report_of_adapter(config)
         write_dashboard(predictions, report, config.reports_dir, suites=load_suite_results(config.reports_dir))
         written["dashboard"] = next(
             p for n in ("dashboard.html", "dashboard.csv") if (p := Path(config.reports_dir) / n).is_file()

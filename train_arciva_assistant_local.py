@@ -47,6 +47,7 @@ def run(arguments: list[str] | None = None) -> dict[str, Path]:
     folders = folders_below(output) if output else {}
     config, reason = arciva.configure(arciva.detect_hardware(), **folders | flags)
     print(f"base model    {reason}")
+    print(f"training      {arciva.settings_line(config)}")
     return arciva.run_pipeline(config, stages)
 
 

@@ -134,13 +134,46 @@ def test_the_seed_corpus_is_part_of_the_extended_one(extended, seed):
     assert {row["topic"] for row in seed} == {row["topic"] for row in extended}
 
 
+def entries_of(rows: list[dict]) -> dict[str, list[dict]]:
+    found = defaultdict(list)
+    for row in rows:
+        found[row["id"].rsplit("/", 2)[0]].append(row)
+    return found
+
+
 def test_the_seed_corpus_takes_whole_families(extended, seed):
     families = arciva.fact_families([arciva.example_from_row(arciva.Row.model_validate(row)) for row in extended])
-    chosen, ids = {families[row["fact_ids"][0]] for row in seed}, {row["id"] for row in seed}
-    assert {row["id"] for row in extended if families[row["fact_ids"][0]] in chosen} == ids
+    chosen = {families[row["fact_ids"][0]] for row in seed}
+    members = {entry for entry, rows in entries_of(extended).items() if families[rows[0]["fact_ids"][0]] in chosen}
+    assert members == set(entries_of(seed))
 
 
-@pytest.mark.parametrize(("key", "most"), [("topic", 0.1), ("kind", 0.12), ("style", 0.04), ("language", 0.02)])
+def test_the_seed_corpus_knows_enough_and_asks_for_each_entry_often_enough(seed):
+    found = entries_of(seed)
+    groups = Counter(build_corpus.group_of(rows[0]["kind"]) for rows in found.values())
+    assert len(found) >= 300 and groups["not available"] >= 60 and groups["off-topic"] >= 20
+    for entry, rows in found.items():
+        assert 3 <= len(rows) <= build_corpus.SEED_WORDINGS, entry
+        assert len({row["language"] for row in rows}) == 1, entry
+
+
+def test_the_seed_corpus_takes_the_wordings_that_are_most_like_the_others():
+    questions = {"plain": "How do I start the export?", "polite": "Please tell me how to start an export."}
+    asked = questions | {"symptom": "Zip?", "keywords": "start export", "story": "Nothing leaves the house."}
+    entry = make_entry(questions={"en": [asked], "de": []}, answers={"en": {"full": "Start export is here."}, "de": {}})
+    kept = [row["style"] for row in build_corpus.typical_rows(entry.rows())]
+    assert len(kept) == 4 and set(kept) >= {"plain", "polite", "keywords"}
+
+
+def test_german_is_spread_over_the_seed_corpus_s_topics(seed):
+    topics = defaultdict(list)
+    for rows in entries_of(seed).values():
+        topics[rows[0]["topic"]].append(rows[0]["language"] == "de")
+    for topic, german in topics.items():
+        assert abs(sum(german) - 0.31 * len(german)) <= 3.5, (topic, german)
+
+
+@pytest.mark.parametrize(("key", "most"), [("topic", 0.06), ("kind", 0.06), ("style", 0.08), ("language", 0.02)])
 def test_the_seed_corpus_has_the_extended_one_s_shares(extended, seed, key, most):
     whole, part = (
         {k: n / len(rows) for k, n in Counter(row[key] for row in rows).items()} for rows in (extended, seed)
@@ -450,6 +483,7 @@ def small_corpus(name: str, rows: list[dict], path) -> build_data_card.Corpus:
     split = arciva.SplitReport(
         counts={"train": {"train": 2}, "validation": {"unseen": 1}, "test": {}}, set_aside=["x"],
         naive_near_duplicates=0.25, naive_known_answers=0.5, near_duplicates=0.0, known_answers=0.0,
+        known_rephrased=1.0,
     )  # fmt: skip
     path.write_text(build_corpus.to_jsonl(rows), encoding="utf-8")
     return build_data_card.Corpus(name, path, rows, split)

@@ -168,8 +168,12 @@ def test_a_fact_whose_only_training_row_was_set_aside_is_unseen(corpus):
 
 
 def test_the_naive_split_leaks_and_is_measured(corpus):
-    _, report = arciva.split_examples(corpus, 42)
+    splits, report = arciva.split_examples(corpus, 42)
     assert report.naive_known_answers > 0.2
+    taught = {row["messages"][-1]["content"] for row in splits["train"]}
+    asked = [row for side in ("validation", "test") for row in splits[side] if row["novelty"] == "rephrased"]
+    known = sum(row["messages"][-1]["content"] in taught for row in asked)
+    assert report.known_rephrased == pytest.approx(known / len(asked)) and known > len(asked) / 2
 
 
 def test_the_shares_are_about_eighty_ten_ten(corpus):

@@ -32,7 +32,13 @@ def test_first_cell_pins_what_requirements_pin():
 
 @pytest.mark.parametrize(
     ("installed", "words"),
-    [({}, None), ({"peft": "0.17.0"}, "peft is 0.17.0, expected"), ({"torch": "2.5.1"}, "torch 2.5.1 is too old")],
+    [
+        ({}, None),
+        ({"peft": "0.17.0"}, "peft is 0.17.0, expected"),
+        ({"rouge-score": None}, "rouge-score is missing, expected"),
+        ({"torch": "2.5.1"}, "torch is 2.5.1, expected"),
+        ({"torch": None}, "torch is missing, expected"),
+    ],
 )
 def test_the_first_cell_notices_what_pip_could_not_install(installed, words, monkeypatch):
     """As in an image whose own packages conflict: pip says so and ends, and the notebook must not go on."""
@@ -42,7 +48,13 @@ def test_the_first_cell_notices_what_pip_could_not_install(installed, words, mon
     monkeypatch.setattr(shutil, "which", lambda name: None)  # a machine without a GPU
     source = re.sub(r"(?m)^(\s*)%pip (.*)$", r"\1pip(f'\2')", cell)
     required = pins((ROOT / "requirements.txt").read_text()) | {"ipykernel": "7.0.0", "torchao": "0.10.0"} | installed
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: required[name])
+
+    def version(name: str) -> str:
+        if required[name] is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return required[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(RuntimeError, match=words) if words else contextlib.nullcontext():
         exec(source, {"pip": commands.append})
     assert words or [command.split()[0] for command in commands] == ["install", "uninstall"]
@@ -153,6 +165,12 @@ def test_a_preset_yields_to_what_was_set(cpu):
         ({"micro_batch_pairs": -4}, "micro_batch_pairs is -4"),
         ({"seed": -1}, "seed is -1"),
         ({"report_to": "tensorbord"}, "report_to is 'tensorbord'"),
+        ({"epochs": "3"}, "epochs is '3', expected float"),
+        ({"rank": 8.5}, "rank is 8.5, expected int"),
+        ({"rank": True}, "rank is True"),
+        ({"not_worse_than_base": "yes"}, "not_worse_than_base is 'yes', expected bool"),
+        ({"min_rouge_l": 40.0}, "min_rouge_l is 40.0, expected a figure from 0 to 1"),
+        ({"min_bleu": float("nan")}, "min_bleu is nan, expected a figure from 0 to 100"),
         ({"output_dir": "out", "merged_dir": "out"}, "lies in output_dir"),
         ({"output_dir": "out", "reports_dir": "out/reports"}, "reports_dir .* lies in output_dir"),
         ({"output_dir": "."}, "lies in output_dir"),
@@ -161,6 +179,16 @@ def test_a_preset_yields_to_what_was_set(cpu):
 def test_a_wrong_setting_is_named(cpu, setting, words):
     with pytest.raises(arciva.ArcivaError, match=words):
         arciva.configure(cpu, base_model="nano", **setting)
+
+
+def test_whole_numbers_count_as_figures_and_no_threshold_is_refused(cpu):
+    config, _ = arciva.configure(cpu, base_model="nano", epochs=2, min_bleu=40, min_rouge_l=1)
+    assert (config.epochs, config.min_bleu, config.min_exact_match) == (2, 40, None)
+
+
+def test_the_settings_line_holds_what_counts(cpu):
+    line = arciva.settings_line(arciva.configure(cpu, base_model="nano", epochs=2)[0])
+    assert f"rank {arciva.PRESETS['nano']['rank']}" in line and "epochs 2" in line and "seed 42" in line
 
 
 def test_an_unfinished_folder_never_takes_the_final_name(tmp_path):

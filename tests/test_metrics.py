@@ -248,6 +248,11 @@ def test_the_report_says_what_it_holds():
     assert (words["p"] == "").all() and words["tuned"].str.contains(r"\[").all()
     slices = arciva.slice_table(report, "language", ("rouge_l", "bits_per_byte"))
     assert len(slices) == 2 * sum(len(v) for v in report["by"]["language"].values())
+    # A slice of so few families that nothing could be shown is left out, and no slice is an empty table.
+    families = english["unseen"]["clusters"]
+    assert "en/unseen" in arciva.slice_table(report, "language", least=families).index.get_level_values("group")
+    assert "en/unseen" not in arciva.slice_table(report, "language", least=families + 1).index.get_level_values("group")
+    assert arciva.slice_table(report, "language", least=1_000).empty
 
 
 def test_a_question_is_won_by_the_orders_that_it_has():
@@ -390,6 +395,10 @@ def test_a_report_on_another_adapter_accepts_nothing(tmp_path):
     with pytest.raises(arciva.ArcivaError, match="judges another adapter"):
         arciva.shortfalls(config)
     assert arciva.report_of_adapter(config, missing_ok=True) is None
+    with pytest.raises(arciva.ArcivaError, match="judges another adapter"):
+        arciva.run_pipeline(config, ["dashboard"])
+    (adapter / "adapter_model.safetensors").unlink()  # reports alone can be shown
+    assert arciva.report_of_adapter(config)
 
 
 def test_an_evaluation_leaves_no_suite_results_of_an_earlier_model(tmp_path):
@@ -413,10 +422,10 @@ def test_an_acceptance_that_cannot_be_decided_is_refused_before_training(tmp_pat
 
 
 def test_predictions_survive_the_disk(tmp_path):
-    data = frame(4).assign(tuned_answer=["5", "0012", "</script>", "Größe\n2. weiter"])
+    texts = ["5", "0012", "</script>", "Größe\n2. weiter"]
+    data = frame(4).assign(tuned_answer=texts, id=["1", "0012", "2026-01-02", "1e3"], topic="7", family=["01"] * 4)
     arciva.save_predictions(data, arciva.build_report(frame(), arciva.Config()), str(tmp_path))
-    back = arciva.load_predictions(str(tmp_path))
-    assert back["tuned_answer"].tolist() == data["tuned_answer"].tolist()
+    pd.testing.assert_frame_equal(arciva.load_predictions(str(tmp_path)), data, check_dtype=False)
     with pytest.raises(arciva.ArcivaError, match="evaluate stage"):
         arciva.load_predictions(str(tmp_path / "none"))
 

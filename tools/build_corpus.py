@@ -499,7 +499,9 @@ def near_duplicate_share(rows: list[dict]) -> float:
     return repeated / len(rows)
 
 
-SEED_ROWS = 1_250
+SEED_ENTRIES = 315
+SEED_WORDINGS = 4
+SEED_GERMAN = 0.36  # of the entries; not all have enough German wordings
 
 
 def group_of(kind: str) -> str:
@@ -517,25 +519,60 @@ def fact_families(entries: list[Entry]) -> list[list[Entry]]:
 
 
 def seed_entries(entries: list[Entry]) -> list[Entry]:
-    """Entries of the seed corpus: whole families, so that about `SEED_ROWS` rows have each topic's and kind's share.
+    """Entries of the seed corpus: whole families, about `SEED_ENTRIES` in all.
 
-    What a stratum's last family has too many or too few is made up for in the next one. An added entry moves others only within
-    its own stratum and where that difference is carried on.
+    Each group has its share of entries, and each topic its share of the group's questions: what is asked most is deepest. What a
+    stratum's last family has too many or too few is made up for in the next one. An added entry moves others only within its own
+    group and where that difference is carried on.
     """
-    strata = defaultdict(list)
+    strata, asked, size = defaultdict(list), Counter(), Counter()
     for family in fact_families(entries):
-        strata[group_of(family[0].kind), family[0].topic].append(family)
-    share = SEED_ROWS / sum(len(entry.rows()) for entry in entries)
+        group, topic = group_of(family[0].kind), family[0].topic
+        strata[group, topic].append(family)
+        size[group] += len(family)
+        asked[group, topic] += sum(len(entry.rows()) for entry in family)
     chosen, wanted, taken = [], 0.0, 0
-    for _, families in sorted(strata.items()):
-        sizes = [sum(len(entry.rows()) for entry in family) for family in families]
-        wanted += share * sum(sizes)
-        for family, size in zip(families, sizes, strict=True):
-            if taken + size / 2 > wanted:
+    for (group, topic), families in sorted(strata.items()):
+        of_group = asked[group, topic] / sum(n for (name, _), n in asked.items() if name == group)
+        wanted += SEED_ENTRIES * size[group] / len(entries) * of_group
+        for family in families:
+            if taken + len(family) / 2 > wanted:
                 break
             chosen += family
-            taken += size
+            taken += len(family)
     return chosen
+
+
+def word_pieces(text: str) -> set[str]:
+    """Four-letter pieces of the words: what wordings share beyond whole words."""
+    return {w[i : i + 4] for w in arciva.normalise(text).split() for i in range(max(1, len(w) - 3))}
+
+
+def typical_rows(rows: list[dict]) -> list[dict]:
+    """The most typical `SEED_WORDINGS` of an entry's wordings in one language, those first that ask for its most frequent answer.
+
+    Four wordings of one answer are the fewest of which one can be held out and the others still tell what is meant. The typical
+    ones share most word pieces with the others; symptoms and stories in words of their own come in with the extended corpus.
+    """
+    answers = Counter(row["response"] for row in rows)
+    pieces = {row["id"]: word_pieces(row["instruction"]) for row in rows}
+    shared = Counter(piece for own in pieces.values() for piece in own)
+    # Six pieces more keep a wording of two words from being the most typical one.
+    typical = {i: sum(shared[piece] - 1 for piece in own) / (len(own) + 6) for i, own in pieces.items()}
+    ranked = sorted(rows, key=lambda row: (-answers[row["response"]], row["response"], -typical[row["id"]], row["id"]))
+    return ranked[:SEED_WORDINGS]
+
+
+def seed_rows(entries: list[Entry]) -> list[dict]:
+    """Rows of the seed corpus: each entry in one language, German as often as its share asks for, spread over the topics."""
+    found, due = [], 0.0
+    for entry in seed_entries(entries):
+        spoken = {language: [r for r in entry.rows() if r["language"] == language] for language in ("en", "de")}
+        due = min(due + SEED_GERMAN, 1.0)  # what one topic lacks is not heaped on the next
+        german = len(spoken["en"]) < 3 or (due >= 0.5 and len(spoken["de"]) >= 3)
+        due -= german
+        found += typical_rows(spoken["de" if german else "en"])
+    return found
 
 
 def to_jsonl(rows: Iterable[dict]) -> str:
@@ -547,7 +584,7 @@ def build(entries: list[Entry], overrides: dict[str, Override] | None = None) ->
     overrides = load_overrides()[0] if overrides is None else overrides
     extended = sorted((row for entry in entries for row in entry.rows()), key=lambda r: r["id"])
     # Overrides come after the choice, so that a discarded row moves no other into or out of the seed corpus.
-    seed = sorted((row for entry in seed_entries(entries) for row in entry.rows()), key=lambda r: r["id"])
+    seed = sorted(seed_rows(entries), key=lambda r: r["id"])
     return {EXTENDED: to_jsonl(apply_overrides(extended, overrides)), SEED: to_jsonl(apply_overrides(seed, overrides))}
 
 

@@ -4,14 +4,17 @@
     python tools/build_nano_base.py --go-on-from data/nano_base --steps 2000     after new wordings or changed answers
 
 The base reads what a help centre prints: every authored answer under its topic, and below the questions that are on the training side
-of the split in every data file, in both languages. It never reads a held-out question or a near-duplicate of one, and never a chat
-template: following one is what fine-tuning teaches. Llama architecture, own byte-level BPE tokenizer, tied embeddings, safetensors in
-fp16. Matrices are trained by Muon (https://kellerjordan.github.io/posts/muon/), which needed two thirds of AdamW's tokens here.
+of the split in every data file, in both languages. Most of these titles lose words and fall apart into pieces on the way: what is
+read whole is learnt by heart, and a new wording then finds nothing. The base never reads a held-out question or a near-duplicate of
+one, and never a chat template: following one is what fine-tuning teaches. Llama architecture, own byte-level BPE tokenizer, tied
+embeddings, safetensors in fp16. Matrices are trained by Muon (https://kellerjordan.github.io/posts/muon/), which needed two thirds of
+AdamW's tokens here.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -38,7 +41,11 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 SEED = 20
-OPENING_TOKENS = 12
+OPENING_TOKENS = 16
+WHOLE_SHARE = 0.2  # of the titles are read as they stand, the others in part
+WORD_SHARE = (0.3, 1.0)  # of such a title's words are read
+CUT_SHARE = 0.05  # of the places between two characters of a title are cut
+PAGE_SHARE = 0.25  # of the passages stand on one page with the one before, which has nothing to do with them
 
 
 def held_out_questions() -> set[str]:
@@ -61,28 +68,43 @@ class Document:
     opening_only: bool = False  # learn which passage belongs here, not to recite it once more
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, read: list[Document]) -> list[arciva.Encoded]:
-    """Documents as token ids, all of them supervised."""
-    titles = tokenizer([f"{d.title}\n\n" if d.title else "" for d in read], add_special_tokens=False)["input_ids"]
+def cut(text: str, rng: random.Random, share: float = CUT_SHARE) -> list[str]:
+    """The text in pieces, cut at `share` of the places between two characters.
+
+    Each piece is tokenised alone, so a word is met in many splits and known again in its inflections, compounds and misspellings:
+    subword regularisation, as by dropped merges in https://aclanthology.org/2020.acl-main.170/.
+    """
+    starts = [0, *(i for i in range(1, len(text)) if rng.random() < share), len(text)]
+    return [text[start:end] for start, end in itertools.pairwise(starts)]
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, read: list[Document], rng: random.Random) -> list[arciva.Encoded]:
+    """Documents as token ids, all of them supervised; titles are cut at random, texts are spelled as they will be written."""
+    pieces = [cut(f"{d.title}\n\n", rng) if d.title else [] for d in read]
+    ids_of = iter(tokenizer([p for parts in pieces for p in parts], add_special_tokens=False)["input_ids"])
     texts = tokenizer([d.text for d in read], add_special_tokens=False)["input_ids"]
     encoded = []
-    for document, title, text in zip(read, titles, texts, strict=True):
+    for document, parts, text in zip(read, pieces, texts, strict=True):
+        title = [token for _ in parts for token in next(ids_of)]
         # Ends as answers do: embeddings are frozen in fine-tuning, and those of tokens never read are all alike.
         ids = title + [*text, tokenizer.eos_token_id][: OPENING_TOKENS if document.opening_only else None]
+        if encoded and rng.random() < PAGE_SHARE:
+            ids = encoded.pop().input_ids + ids
         encoded.append(arciva.Encoded(ids, ids))
     return encoded
 
 
-def blur(text: str, rng: random.Random, share: float) -> str:
-    """About `share` of the words, sometimes in another order or of one part: an index finds a passage by any of its words."""
-    words = text.split()
+def blur(text: str, rng: random.Random) -> str:
+    """Some of the words, now and then of one part alone, in another order or in small letters: any of its words finds a passage."""
+    words, share = text.split(), rng.uniform(*WORD_SHARE)
     if len(words) > 14 and rng.random() < 0.5:  # a story names its matter in one sentence
         start = rng.randrange(len(words) - 7)
         words = words[start : start + rng.randint(8, len(words))]
     kept = [w for w in words if rng.random() < share] or [rng.choice(words)]
     if rng.random() < 0.25:
         rng.shuffle(kept)
-    return " ".join(kept)
+    title = " ".join(kept)
+    return title.lower() if rng.random() < 0.3 else title
 
 
 def documents(
@@ -103,7 +125,7 @@ def documents(
             for mapping in entry.questions[language]:
                 for style, question in [*mapping.items()] * (2 if language == "de" else 1):
                     if arciva.normalise(question) not in held_out:
-                        title = question if rng.random() < 0.4 else blur(question, rng, rng.uniform(0.55, 1.0))
+                        title = question if rng.random() < WHOLE_SHARE else blur(question, rng)
                         found.append(Document(title, entry.answer(language, style), opening_only=rng.random() < 0.7))
     rng.shuffle(found)
     return found
@@ -192,7 +214,7 @@ def train(
         batch, load = [], 0
         while load < batch_tokens:
             if not pool:
-                pool = encode(tokenizer, read(rng))
+                pool = encode(tokenizer, read(rng), rng)
             batch.append(pool.pop())
             load += len(batch[-1].input_ids)
         packed = arciva.collate_packed(batch, 256, tokenizer.pad_token_id)
@@ -239,14 +261,16 @@ def main() -> int:
     if problems:
         raise SystemExit("\n".join(problems))
     held_out = held_out_questions()
-    texts = [d.text for d in documents(entries, held_out, random.Random(SEED))]
     if args.go_on_from:
         tokenizer = arciva.load_tokenizer(str(args.go_on_from))
         model = LlamaForCausalLM.from_pretrained(args.go_on_from, dtype=torch.float32)
         earlier = json.loads((args.go_on_from / "training.json").read_text(encoding="utf-8"))
     else:
-        tokenizer, earlier = build_tokenizer(texts, args.vocabulary), []
+        read = documents(entries, held_out, random.Random(SEED), 1.0)
+        tokenizer, earlier = build_tokenizer([part for d in read for part in (d.title, d.text)], args.vocabulary), []
         model = build_model(tokenizer, args.hidden, args.layers)
+    shape = model.config
+    args.vocabulary, args.hidden, args.layers = len(tokenizer), shape.hidden_size, shape.num_hidden_layers
     print(f"{model.num_parameters() / 1e6:.1f} M parameters, {len(tokenizer):,} tokens in the vocabulary", flush=True)
     args.steps = train(
         model,

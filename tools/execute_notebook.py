@@ -39,10 +39,11 @@ def code_hash(notebook: nbformat.NotebookNode) -> str:
 
 
 def input_hash() -> str:
-    """Twelve hex digits that change with what the run reads: the seed corpus, the suites and the nano base's weights."""
+    """Twelve hex digits that change with what the run reads: corpus, suites, knowledge, nano base and the dashboard's template."""
     digest = hashlib.sha256()
-    for pattern in ("arciva_qa_synthetic.jsonl", "suites/*.jsonl", "knowledge/facts.yaml", "nano_base/*"):
-        for file in sorted((ROOT / "data").glob(pattern)):
+    read = ("arciva_qa_synthetic.jsonl", "suites/*.jsonl", "knowledge/*.yaml", "nano_base/*")
+    for pattern in (*(f"data/{name}" for name in read), "tools/dashboard_template.html"):
+        for file in sorted(ROOT.glob(pattern)):
             digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
 
