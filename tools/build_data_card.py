@@ -176,8 +176,8 @@ def second_readings() -> str:
         f"| {r['what']} | {r['pairs']} | {r['false']} ({r['false'] / r['pairs']:.1%}) | {r['misleading']} ({r['misleading'] / r['pairs']:.1%}) |"
         for r in readings
     ]
-    head = "| sample of | pairs read | false answers | misleading or beside the question |\n|---|---:|---:|---:|"
-    text = "Somebody who had not written them judged random pairs against the facts. What was found is mended in every entry it touched."
+    head = "| read | pairs read | false answers | misleading or beside the question |\n|---|---:|---:|---:|"
+    text = "Somebody who had not written them judged pairs against the facts. What was found is mended in every entry it touched."
     return "\n".join([text, "", head, *rows])
 
 
