@@ -3156,6 +3156,28 @@ def slice_table(
 #     print({name: round(value, 4) for name, value in metric.compute(**answers).items()})
 
 # %% [markdown]
+# A small model recites what it was taught, so one can count whether it recites the right thing: an authored answer about what was
+# asked, in whichever of its forms, one about something else, or words of its own. A large model mostly has words of its own.
+
+
+# %%
+def recited(predictions: pd.DataFrame, examples: Sequence[Example], who: str = "tuned") -> pd.Series:
+    """For each answer `right fact` or `another fact` where it is word for word an authored answer, else `own words`."""
+    authored = defaultdict(set)
+    for example in examples:
+        authored[normalise(example.messages[-1]["content"])] |= set(example.fact_ids)
+
+    def kind(answer: str, asked: Sequence[str]) -> str:
+        facts = authored.get(normalise(answer))
+        return "own words" if facts is None else "right fact" if facts & set(asked) else "another fact"
+
+    return pd.Series([kind(a, f) for a, f in zip(predictions[f"{who}_answer"], predictions["fact_ids"], strict=True)])
+
+
+# %% tags=["active-ipynb"]
+# pd.DataFrame({who: recited(rephrased, examples, who).value_counts() for who in ("base", "tuned")}).fillna(0).astype(int)
+
+# %% [markdown]
 # Where the assistant is weak is a question of language, topic and kind. Slices are of both held-out sides, and those of fewer than six
 # families are left out: no difference could be shown there. Compare the others' intervals before their values, and expect a p-value
 # below 0.05 in one of twenty without any cause.

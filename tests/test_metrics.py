@@ -421,6 +421,21 @@ def test_an_acceptance_that_cannot_be_decided_is_refused_before_training(tmp_pat
         arciva.check_acceptance(replace(accepted, min_checklists=0.5))
 
 
+def test_what_an_answer_recites_is_judged_by_the_facts_behind_it():
+    turns = [("full", "Press X.", ["a"]), ("short", "X does it.", ["a", "b"]), ("other", "Press Y.", ["c"])]
+    examples = [
+        arciva.Example(
+            id=name, messages=[{"role": "user", "content": name}, {"role": "assistant", "content": answer}],
+            language="en", topic="t", kind="k", style="s", fact_ids=facts, extra="{}",
+        )
+        for name, answer, facts in turns
+    ]  # fmt: skip
+    answers = ["press x", "X does it.", "Press Y.", "Press Z.", ""]
+    asked = pd.DataFrame({"tuned_answer": answers, "fact_ids": [["b"], ["b"], ["b"], ["b"], ["b"]]})
+    expected = ["another fact", "right fact", "another fact", "own words", "own words"]
+    assert arciva.recited(asked, examples).tolist() == expected
+
+
 def test_predictions_survive_the_disk(tmp_path):
     texts = ["5", "0012", "</script>", "Größe\n2. weiter"]
     data = frame(4).assign(tuned_answer=texts, id=["1", "0012", "2026-01-02", "1e3"], topic="7", family=["01"] * 4)
