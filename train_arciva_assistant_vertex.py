@@ -718,7 +718,7 @@ def configure_job(options: argparse.Namespace, settings: dict, work: Path, key: 
     config, reason = arciva.configure(hardware, **settings, **folders, checkpoint_dir=str(work / "checkpoints"))
     if arciva.is_nano(config.base_model) and hardware.device == "cuda" and settings.get("base_model", "auto") == "auto":
         raise Unavailable(reason)  # a notebook goes on with the nano base; a paid job waits for the hub
-    print(f"base model    {reason}", flush=True)
+    print(f"base model    {reason}\ntraining      {arciva.settings_line(config)}", flush=True)
     return config
 
 

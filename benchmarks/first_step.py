@@ -97,7 +97,8 @@ class Clock:
             self.stages[stage] += seconds
             self.peak[stage] = common.process_memory()["VmHWM"]
         elif len(self.stack) == 1:  # deeper ones are part of an inner one already
-            self.inner.setdefault(stage, Counter())[label] += seconds
+            early = stage == TRAINING and self.first_step is None
+            self.inner.setdefault(FIRST if early else stage, Counter())[label] += seconds
 
 
 class FirstStep(TrainerCallback):

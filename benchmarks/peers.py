@@ -65,6 +65,8 @@ class StepClock(TrainerCallback):
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.last = self.mark()
+        if state.global_step == 0:  # ours evaluates the base before its first step
+            self.began = self.last
 
     def on_save(self, args, state, control, **kwargs):
         self.last = self.mark()

@@ -148,8 +148,9 @@ def test_the_seed_corpus_takes_whole_families(extended, seed):
     assert members == set(entries_of(seed))
 
 
-def test_the_seed_corpus_knows_enough_and_asks_for_each_entry_often_enough(seed):
-    found = entries_of(seed)
+def test_the_seed_corpus_knows_enough_and_asks_for_each_entry_often_enough(entries, seed):
+    assert len(entries_of(seed)) >= 300
+    found = entries_of(build_corpus.seed_rows(entries))  # reviewers may discard some of these
     groups = Counter(build_corpus.group_of(rows[0]["kind"]) for rows in found.values())
     assert len(found) >= 300 and groups["not available"] >= 60 and groups["off-topic"] >= 20
     for entry, rows in found.items():
@@ -165,12 +166,15 @@ def test_the_seed_corpus_takes_the_wordings_that_are_most_like_the_others():
     assert len(kept) == 4 and set(kept) >= {"plain", "polite", "keywords"}
 
 
-def test_german_is_spread_over_the_seed_corpus_s_topics(seed):
+def test_german_is_spread_over_the_seed_corpus_s_topics(entries, seed):
+    can = {entry.id for entry in entries if sum(row["language"] == "de" for row in entry.rows()) >= 3}
     topics = defaultdict(list)
-    for rows in entries_of(seed).values():
-        topics[rows[0]["topic"]].append(rows[0]["language"] == "de")
-    for topic, german in topics.items():
-        assert abs(sum(german) - 0.31 * len(german)) <= 3.5, (topic, german)
+    for entry, rows in entries_of(seed).items():
+        topics[rows[0]["topic"]].append((rows[0]["language"] == "de", entry in can))
+    for topic, found in topics.items():
+        german, able = (sum(column) for column in zip(*found, strict=True))
+        if able >= len(found) / 2:  # elsewhere the corpus itself has little German
+            assert abs(german - build_corpus.SEED_GERMAN * len(found)) <= 2, (topic, german, len(found))
 
 
 @pytest.mark.parametrize(("key", "most"), [("topic", 0.06), ("kind", 0.06), ("style", 0.08), ("language", 0.02)])
@@ -183,8 +187,12 @@ def test_the_seed_corpus_has_the_extended_one_s_shares(extended, seed, key, most
 
 def test_an_added_entry_moves_few_others_into_or_out_of_the_seed_corpus(entries):
     before = {entry.id for entry in build_corpus.seed_entries(entries)}
-    after = {entry.id for entry in build_corpus.seed_entries([make_entry(topic="export"), *entries])}
+    more = [make_entry(topic="export"), *entries]
+    after = {entry.id for entry in build_corpus.seed_entries(more)}
     assert len(before ^ after) <= 12
+    # Nor does it change the language of those that stay, but of a few of its own topic.
+    rows = ({row["id"] for row in build_corpus.seed_rows(found)} for found in (entries, more))
+    assert len(set.symmetric_difference(*rows)) <= 12 * build_corpus.SEED_WORDINGS
 
 
 def test_every_row_is_valid_and_rests_on_known_facts(extended, facts):

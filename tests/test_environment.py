@@ -184,6 +184,7 @@ def test_a_wrong_setting_is_named(cpu, setting, words):
 def test_whole_numbers_count_as_figures_and_no_threshold_is_refused(cpu):
     config, _ = arciva.configure(cpu, base_model="nano", epochs=2, min_bleu=40, min_rouge_l=1)
     assert (config.epochs, config.min_bleu, config.min_exact_match) == (2, 40, None)
+    assert isinstance(config.epochs, float)  # as from the command line: one run, whose checkpoints are found
 
 
 def test_the_settings_line_holds_what_counts(cpu):

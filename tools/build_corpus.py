@@ -501,7 +501,7 @@ def near_duplicate_share(rows: list[dict]) -> float:
 
 SEED_ENTRIES = 315
 SEED_WORDINGS = 4
-SEED_GERMAN = 0.36  # of the entries; not all have enough German wordings
+SEED_GERMAN = 0.33  # of the entries; not all have enough German wordings
 
 
 def group_of(kind: str) -> str:
@@ -564,14 +564,18 @@ def typical_rows(rows: list[dict]) -> list[dict]:
 
 
 def seed_rows(entries: list[Entry]) -> list[dict]:
-    """Rows of the seed corpus: each entry in one language, German as often as its share asks for, spread over the topics."""
-    found, due = [], 0.0
+    """Rows of the seed corpus: each entry in one language, German as often as its share asks for within every topic."""
+    strata, found = defaultdict(list), []
     for entry in seed_entries(entries):
         spoken = {language: [r for r in entry.rows() if r["language"] == language] for language in ("en", "de")}
-        due = min(due + SEED_GERMAN, 1.0)  # what one topic lacks is not heaped on the next
-        german = len(spoken["en"]) < 3 or (due >= 0.5 and len(spoken["de"]) >= 3)
-        due -= german
-        found += typical_rows(spoken["de" if german else "en"])
+        strata[group_of(entry.kind), entry.topic].append((arciva.fraction("seed language", entry.id), spoken))
+    for stratum, members in strata.items():
+        german = int(SEED_GERMAN * len(members) + arciva.fraction("seed language", *stratum))
+        # By hash, so that an added entry changes the language of one other at most.
+        for _, spoken in sorted(members, key=lambda member: (len(member[1]["de"]) < 3, member[0])):
+            enough = len(spoken["de"]) >= 3
+            found += typical_rows(spoken["de" if enough and (german > 0 or len(spoken["en"]) < 3) else "en"])
+            german -= enough
     return found
 
 

@@ -159,6 +159,8 @@ def leak_table(corpora: Sequence[Corpus]) -> str:
         known = [f"{rate:.1%}" for rate in (split.naive_known_answers, split.known_answers)]
         rows += [[f"{corpus.name}: near-copy of the question in training", *near]]
         rows += [[f"{corpus.name}: the very answer in training (ours: unseen half)", *known]]
+        taught = f"{split.known_rephrased:.1%}"
+        rows += [[f"{corpus.name}: the same of the rephrased half, which asks for what was taught", "", taught]]
     return table(["share of held-out rows", "random split", "ours"], rows)
 
 

@@ -88,7 +88,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, read: list[Document], rng: random
         title = [token for _ in parts for token in next(ids_of)]
         # Ends as answers do: embeddings are frozen in fine-tuning, and those of tokens never read are all alike.
         ids = title + [*text, tokenizer.eos_token_id][: OPENING_TOKENS if document.opening_only else None]
-        if encoded and rng.random() < PAGE_SHARE:
+        if encoded and encoded[-1].input_ids[-1] == tokenizer.eos_token_id and rng.random() < PAGE_SHARE:
             ids = encoded.pop().input_ids + ids
         encoded.append(arciva.Encoded(ids, ids))
     return encoded
@@ -124,8 +124,9 @@ def documents(
             found += [Document("", f"{topic}: {text.strip()}") for text in forms.values() if rng.random() < 0.25]
             for mapping in entry.questions[language]:
                 for style, question in [*mapping.items()] * (2 if language == "de" else 1):
-                    if arciva.normalise(question) not in held_out:
-                        title = question if rng.random() < WHOLE_SHARE else blur(question, rng)
+                    title = question if rng.random() < WHOLE_SHARE else blur(question, rng)
+                    # Some words of a long question may be all of a short one that is held out.
+                    if not {arciva.normalise(question), arciva.normalise(title)} & held_out:
                         found.append(Document(title, entry.answer(language, style), opening_only=rng.random() < 0.7))
     rng.shuffle(found)
     return found

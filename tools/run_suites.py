@@ -157,7 +157,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", default="reports/suites", help="folder for the results")
     parser.add_argument("--min-checklists", type=float, help="smallest share of passed checklist items, 0 to 1")
     parser.add_argument("--min-balanced-accuracy", type=float, help="smallest balanced accuracy on probes, 0 to 1")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name in ("min_checklists", "min_balanced_accuracy"):
+        if (value := getattr(options, name)) is not None and not 0 <= value <= 1:
+            raise arciva.ArcivaError(f"{name} is {value}, expected a figure from 0 to 1")
+    return options
 
 
 def run(arguments: list[str] | None = None) -> dict[str, Path]:
