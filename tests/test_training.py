@@ -601,6 +601,24 @@ def test_training_lowers_the_held_out_loss_and_keeps_the_best_adapter(tiny_confi
     assert min(held_out) < held_out[0]
     assert result.best_loss == pytest.approx(min(held_out))
     assert {"eval_rephrased", "eval_unseen"} <= set(next(h for h in result.history if "eval_loss" in h))
+    assert result.history[0]["step"] == 0 and result.best_step > 0  # the curves begin with the base
+
+
+def test_a_run_is_known_by_its_held_out_pairs_too(tiny_config):
+    train_pair, held_out, other = (arciva.Encoded([1, 2, n], [-100, 2, n]) for n in (3, 4, 5))
+    names = {arciva.run_fingerprint(tiny_config, [train_pair, pair]) for pair in (held_out, other)}
+    assert len(names) == 2  # they decide which checkpoint is the best
+
+
+@pytest.mark.parametrize(
+    "history", [[], [{"step": 0, "eval_rephrased": 1.0}], [{"step": s, "loss": 1.0} for s in (5, 366)]]
+)
+def test_the_loss_curve_s_axis_ends_with_the_run(history):
+    figure = arciva.plot_loss(history)
+    last = max((h["step"] for h in history), default=0)
+    assert all(0 <= tick <= last for tick in figure.axes[0].get_xticks())
+    assert len(figure.axes[0].texts) == len({key for h in history for key in h} - {"step"})  # each curve is named
+    arciva.plt.close(figure)
 
 
 def test_micro_batches_change_no_weight_beyond_rounding(tiny_config, cpu):
@@ -690,6 +708,9 @@ def test_a_killed_and_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     assert not Path(config.output_dir).exists()
     result, resumed = train(config, cpu)
     assert 0 < result.resumed_from <= step + 1  # a signal counts from the next step boundary
+    assert [h["step"] for h in result.history].count(
+        0
+    ) == 1  # the base was evaluated before the first run's steps alone
     assert result.steps == expected_result.steps
     assert all(torch.equal(expected[n], resumed[n]) for n in expected)
 
@@ -869,7 +890,7 @@ def test_running_out_of_memory_after_a_checkpoint_goes_on_from_it_with_smaller_p
     result, _ = train(tiny_config, cpu, epochs=2, micro_batch_pairs=8, callbacks=[saved])
     assert result.plan.micro_batch_pairs == 4
     steps = [point["step"] for point in result.history]
-    assert steps == sorted(steps) and steps[-1] == result.steps
+    assert steps == sorted(steps) and steps[-1] == result.steps and steps.count(0) == 1
 
 
 def test_a_step_that_cannot_shrink_further_is_one_sentence(tiny_config):
