@@ -479,6 +479,9 @@ def configure(hardware: Hardware, **overrides) -> tuple[Config, str]:
     unknown = sorted(set(overrides) - {f.name for f in fields(Config)})
     if unknown:
         raise ArcivaError(f"unknown settings {unknown}; expected some of {[f.name for f in fields(Config)]}")
+    for name, wanted in Config.__annotations__.items():  # so that 2 and 2.0 epochs are one run
+        if wanted in (float, float | None) and type(overrides.get(name)) is int:
+            overrides[name] = float(overrides[name])
     asked = Config(**overrides)
     profile, base_model, reason = choose_profile(asked.base_model, asked.use_debug_model, hardware)
     if base_model == PROFILES["nano"] and not Path(base_model).is_dir():
@@ -494,10 +497,10 @@ def configure(hardware: Hardware, **overrides) -> tuple[Config, str]:
 
 def check_config(config: Config, processes: int | None = None) -> None:
     """Refuse values that would fail later, or worse, not fail; `processes` will train, by default those that run now."""
-    for f in fields(config):
-        value, wanted = getattr(config, f.name), f.type | int if f.type in (float, float | None) else f.type
-        if not isinstance(value, wanted) or (isinstance(value, bool) and f.type is not bool):
-            raise ArcivaError(f"{f.name} is {value!r}, expected {getattr(f.type, '__name__', f.type)}")
+    for name, wanted in Config.__annotations__.items():  # HfArgumentParser changes the types that `fields` gives
+        value = getattr(config, name)
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+            raise ArcivaError(f"{name} is {value!r}, expected {getattr(wanted, '__name__', wanted)}")
     numbers = (
         "rank alpha epochs learning_rate pairs_per_step row_tokens max_length max_new_tokens evaluations_per_epoch patience"
         " log_every generation_batch max_eval_rows"
@@ -705,7 +708,7 @@ def quieten_libraries() -> None:
 # PAIRS_PER_STEP = None
 # MICRO_BATCH_PAIRS = None  # pairs per forward pass; None derives it from free memory
 # LOG_EVERY = None  # optimiser steps
-# SETTINGS = {}  # any other field of Config, as {"rank": 32, "merge_base": "original", "min_rouge_l": 0.4}
+# SETTINGS = {}  # any field of Config, before those above, as {"rank": 32, "merge_base": "original", "min_rouge_l": 0.4}
 # OUTPUT_DIR = "model_output"
 # MERGED_DIR = "final_merged_model"
 # REPORTS_DIR = "reports"
@@ -3171,7 +3174,8 @@ def recited(predictions: pd.DataFrame, examples: Sequence[Example], who: str = "
         facts = authored.get(normalise(answer))
         return "own words" if facts is None else "right fact" if facts & set(asked) else "another fact"
 
-    return pd.Series([kind(a, f) for a, f in zip(predictions[f"{who}_answer"], predictions["fact_ids"], strict=True)])
+    asked = zip(predictions[f"{who}_answer"], predictions["fact_ids"], strict=True)
+    return pd.Series([kind(answer, fact_ids) for answer, fact_ids in asked], index=predictions.index)
 
 
 # %% tags=["active-ipynb"]
@@ -3839,7 +3843,8 @@ def report_of_adapter(config: Config, *, missing_ok: bool = False) -> dict | Non
         if missing_ok:
             return None
         raise ArcivaError(
-            f"the report in {config.reports_dir} judges another adapter than {config.output_dir} holds; run the evaluate stage"
+            f"the report in {config.reports_dir} judges another adapter than {config.output_dir} holds; "
+            "run the evaluate stage, or name the other adapter's output_dir"
         )
     return report
 
@@ -4725,6 +4730,8 @@ def run_pipeline(
     """
     if process_rank()[0] > 0 and "train" not in stages:
         return {}
+    if {"train", "dashboard"} <= set(stages) and "evaluate" not in stages:
+        raise ArcivaError("a dashboard of the newly trained adapter needs its evaluation; add the evaluate stage")
     hardware, written, model = detect_hardware(), {}, None
     check_writable(config)
     check_acceptance(config)
