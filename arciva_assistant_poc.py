@@ -172,8 +172,8 @@ class Interrupted(Exception):
 
 # %% [markdown]
 # The values of a profile come from different places. Those of *full* follow the QLoRA literature for a few thousand short pairs
-# (all linear layers, rank 16, 2e-4, small batches); those of *nano* were swept on two CPU cores: a model this small needs a high
-# rank and learning rate, and many epochs, before it names the right fact.
+# (all linear layers, rank 16, 2e-4, small batches); those of *nano* were tried out on two CPU cores, where its six epochs take little
+# more than a minute.
 
 
 # %%
