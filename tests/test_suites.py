@@ -362,9 +362,15 @@ def test_a_served_model_is_scored_like_any_other(server, items, results, tmp_pat
     assert all(a["messages"][0]["content"] == arciva.SYSTEM_PROMPT and a["temperature"] == 0 for a in asked)
     rates = json.loads((tmp_path / "suites.json").read_text())["tuned"]["rates"]
     assert rates["balanced_accuracy"]["value"] == arciva.hallucination_summary(results["gold"])["balanced_accuracy"]
-    missed = [*flags, *folders, "--min-checklists", "1.1", "--min-balanced-accuracy", "0.5"]
+    said = len(asked)
+    assert arciva.run_main(lambda: run_suites.run([*flags, *folders, "--min-checklists", "40"])) == 2
+    assert "min_checklists is 40.0, expected a figure from 0 to 1" in capsys.readouterr().err
+    assert len(asked) == said  # before anything is asked
+    reached = {"min_checklists": 0.4, "min_balanced_accuracy": 1.0}
+    monkeypatch.setattr(arciva, "reached_on_suites", lambda results: reached)
+    missed = [*flags, *folders, "--min-checklists", "0.5", "--min-balanced-accuracy", "0.5"]
     assert arciva.run_main(lambda: run_suites.run(missed)) == 2
-    assert "not accepted: checklists is 1, below 1.1" in capsys.readouterr().err
+    assert "not accepted: checklists is 0.4, below 0.5" in capsys.readouterr().err
     monkeypatch.setenv("THE_KEY", "wrong")
     assert arciva.run_main(lambda: run_suites.run([*flags, *folders])) == 2
     assert "answered 401" in capsys.readouterr().err
