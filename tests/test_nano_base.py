@@ -1,6 +1,9 @@
 """The base that is trained from scratch: what it may read. Run: pytest tests/test_nano_base.py"""
 
+import collections
+import json
 import random
+import re
 from pathlib import Path
 
 import build_corpus
@@ -16,16 +19,88 @@ def held_out() -> set[str]:
     return build_nano_base.held_out_questions()
 
 
-def test_the_base_reads_no_held_out_question(held_out):
+@pytest.fixture(scope="module")
+def entries() -> list[build_corpus.Entry]:
+    return build_corpus.load_entries(build_corpus.knowledge_files())[0]
+
+
+@pytest.fixture(scope="module")
+def terms(entries) -> dict[tuple[str, str], list[str]]:
+    return build_nano_base.load_search_terms(entries)
+
+
+def test_the_base_reads_no_held_out_question(entries, held_out, terms):
     for name in (build_corpus.SEED, build_corpus.EXTENDED):  # by another way than the builder's
         splits, _ = arciva.split_examples(arciva.load_examples(str(name))[0], arciva.Config().seed)
         for side in ("validation", "test"):
             assert {arciva.normalise(turns[0]["content"]) for turns in splits[side]["messages"]} <= held_out
-    entries, _ = build_corpus.load_entries(build_corpus.knowledge_files())
     for seed in range(3):  # titles lose words by chance, and what is left could be another question
-        read = build_nano_base.documents(entries, held_out, random.Random(seed), others=1.0)
+        read = build_nano_base.documents(entries, held_out, random.Random(seed), 1.0, terms)
         titles = {arciva.normalise(document.title) for document in read}
         assert len(titles) > 5_000 and not titles & held_out
+
+
+def test_what_nobody_is_taught_stands_below_no_title(entries, held_out, terms):
+    read = build_nano_base.documents(entries, held_out, random.Random(0), 1.0, terms)
+    titled, plain = ({d.text for d in read if bool(d.title) is wanted} for wanted in (True, False))
+    splits, _ = arciva.split_examples(arciva.load_examples(str(build_corpus.EXTENDED))[0], arciva.Config().seed)
+    taught, unseen = set(), set()
+    for side, rows in splits.items():
+        for row in rows:
+            if side == "train" or row["novelty"] == "unseen":
+                (taught if side == "train" else unseen).add(row["messages"][-1]["content"])
+    assert len(unseen) > 300 and not titled & (unseen - taught)
+    assert len(titled) > 1_000 and len(plain) > 1_000 and any(text.endswith(tuple(unseen)) for text in plain)
+
+
+def test_what_the_seed_corpus_teaches_is_read_in_every_pass(entries, held_out, terms):
+    splits, _ = arciva.split_examples(arciva.load_examples(str(build_corpus.SEED))[0], arciva.Config().seed)
+    taught = collections.defaultdict(collections.Counter)
+    for row in splits["train"]:
+        taught[row["id"].rsplit("/", 1)[0]][row["messages"][-1]["content"]] += 1
+    read = collections.Counter(
+        d.text for d in build_nano_base.documents(entries, held_out, random.Random(0), 0.0, terms) if d.title
+    )
+    for answers in taught.values():
+        assert max(read[text] for text, n in answers.items() if n == max(answers.values())) >= 5
+    more = {d.text for d in build_nano_base.documents(entries, held_out, random.Random(0), 0.5, terms) if d.title}
+    assert len(read) < 2 * len(taught) < len(more)
+
+
+def test_search_terms_are_rows_of_no_corpus_and_questions_of_no_suite(entries, held_out, terms):
+    found = [term for of in terms.values() for term in of]
+    assert len(found) > 4_000 and build_nano_base.readable_terms(terms, held_out) == terms
+    asked = {arciva.normalise(row["instruction"]) for entry in entries for row in entry.rows()}
+    assert not {arciva.normalise(term) for term in found} & asked
+    prompts = [
+        json.loads(line)["prompt"]
+        for file in sorted((ROOT / "data" / "suites").glob("*.jsonl"))
+        for line in file.read_text(encoding="utf-8").splitlines()
+    ]
+    pairs = arciva.near_duplicates([*prompts, *found])
+    assert len(prompts) > 200 and not [(i, j) for i, j in pairs if i < len(prompts) <= j]
+
+
+def test_a_search_term_too_like_a_held_out_question_is_not_read():
+    terms = {("a", "en"): ["where do rejected photos go to?", "the bin for pictures"], ("b", "en"): ["Undo!"]}
+    held_out = {arciva.normalise(text) for text in ("Where do rejected photos go?", "undo")}
+    assert build_nano_base.readable_terms(terms, held_out) == {("a", "en"): ["the bin for pictures"], ("b", "en"): []}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("no-such-entry: {en: [one]}", "no-such-entry/en names no passage; correct it or take it out."),
+        ("tagging-no-permanent-tags: {fr: [one]}", "tagging-no-permanent-tags/fr names no passage"),
+        ("tagging-no-permanent-tags: {en: [no]}", "lists False; write a text, in quotes if need be."),
+        ("tagging-no-permanent-tags: {en: [one key, One key?]}", "stands under tagging-no-permanent-tags/en and"),
+    ],
+)
+def test_a_mistake_in_the_search_terms_is_named(entries, tmp_path, text, says):
+    file = tmp_path / "search_terms.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(says)):
+        build_nano_base.load_search_terms(entries, file)
 
 
 def test_titles_fall_apart_and_lose_words_but_never_gain_any():

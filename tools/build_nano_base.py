@@ -20,11 +20,13 @@ import math
 import random
 import sys
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -40,12 +42,40 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+SEARCH_TERMS = ROOT / "data" / "search_terms.yaml"
 SEED = 20
 OPENING_TOKENS = 16
 WHOLE_SHARE = 0.2  # of the titles are read as they stand, the others in part
 WORD_SHARE = (0.3, 1.0)  # of such a title's words are read
 CUT_SHARE = 0.05  # of the places between two characters of a title are cut
+EXCERPT_SHARE = (0.1, 0.6)  # of a passage's own words, as a title
+TYPICAL_SHARE = (
+    0.75  # of the questions stand above their entry's most frequent answer, the others above the one for their style
+)
+OPENING_SHARE = 0.7  # of the titled passages end after `OPENING_TOKENS`
+PLAIN_SHARE = 0.25  # of the passages are read without a title too
 PAGE_SHARE = 0.25  # of the passages stand on one page with the one before, which has nothing to do with them
+
+
+def load_search_terms(entries: list[build_corpus.Entry], path: Path = SEARCH_TERMS) -> dict[tuple[str, str], list[str]]:
+    """What people type who look for a passage, by entry and language; nothing of it is a row of the corpus.
+
+    Raises ValueError for a passage that does not exist and for a term that is no text or stands twice.
+    """
+    passages, found, seen = {(entry.id, language) for entry in entries for language in entry.answers}, {}, {}
+    document = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+    for unit, terms in (((entry, lang), terms) for entry, of in document.items() for lang, terms in of.items()):
+        where = "/".join(unit)
+        if unit not in passages:
+            raise ValueError(f"{path.name}: {where} names no passage; correct it or take it out.")
+        for term in terms:
+            if not isinstance(term, str) or not term.strip():
+                raise ValueError(f"{path.name}: {where} lists {term!r}; write a text, in quotes if need be.")
+            if (key := arciva.normalise(term)) in seen:
+                raise ValueError(f"{path.name}: {term!r} stands under {seen[key]} and {where}; keep one.")
+            seen[key] = where
+        found[unit] = terms
+    return found
 
 
 def held_out_questions() -> set[str]:
@@ -94,9 +124,9 @@ def encode(tokenizer: PreTrainedTokenizerFast, read: list[Document], rng: random
     return encoded
 
 
-def blur(text: str, rng: random.Random) -> str:
+def blur(text: str, rng: random.Random, of_words: tuple[float, float] = WORD_SHARE) -> str:
     """Some of the words, now and then of one part alone, in another order or in small letters: any of its words finds a passage."""
-    words, share = text.split(), rng.uniform(*WORD_SHARE)
+    words, share = text.split(), rng.uniform(*of_words)
     if len(words) > 14 and rng.random() < 0.5:  # a story names its matter in one sentence
         start = rng.randrange(len(words) - 7)
         words = words[start : start + rng.randint(8, len(words))]
@@ -107,27 +137,57 @@ def blur(text: str, rng: random.Random) -> str:
     return title.lower() if rng.random() < 0.3 else title
 
 
-def documents(
-    entries: list[build_corpus.Entry], held_out: set[str], rng: random.Random, others: float = 0.25
-) -> list[Document]:
-    """One pass over the knowledge, shuffled: passages plain, and under the questions that may be read, whole or blurred.
+def readable_terms(terms: dict[tuple[str, str], list[str]], held_out: set[str]) -> dict[tuple[str, str], list[str]]:
+    """The search terms that neither are nor nearly repeat a held-out question."""
+    texts = [*held_out, *itertools.chain.from_iterable(terms.values())]
+    pairs = arciva.near_duplicates(texts)
+    too_like = {texts[j] for i, j in pairs if i < len(held_out) <= j}
+    return {unit: [t for t in found if t not in too_like] for unit, found in terms.items()}
 
-    Entries of the seed corpus, on which the pipeline runs by default, are read in every pass, the `others` in that share of them. German
-    has half as many wordings and is read twice.
+
+def documents(
+    entries: list[build_corpus.Entry],
+    held_out: set[str],
+    rng: random.Random,
+    others: float = 0.1,
+    terms: dict[tuple[str, str], list[str]] | None = None,
+) -> list[Document]:
+    """One pass over the knowledge, shuffled: passages plain, and below titles, whole or blurred.
+
+    Titles are the questions that may be read, the search terms, and excerpts of the passage itself. What the seed corpus teaches, on
+    which the pipeline runs by default, is read in every pass, `others` in that share of them. What no question on the training side
+    asks for is read plain alone: fine-tuning does not teach it, and the base does not either.
     """
-    found, seed = [], {entry.id for entry in build_corpus.seed_entries(entries)}
+    found, taught = [], defaultdict(Counter)
+    for row in build_corpus.seed_rows(entries):
+        if arciva.normalise(row["instruction"]) not in held_out:
+            taught[tuple(row["id"].split("/")[:2])][row["response"]] += 1
     for entry in entries:
-        if entry.id not in seed and rng.random() >= others:
-            continue
         for language, forms in entry.answers.items():
+            if (unit := (entry.id, language)) not in taught and rng.random() >= others:
+                continue
             topic = entry.topic.replace("-", " ")
-            found += [Document("", f"{topic}: {text.strip()}") for text in forms.values() if rng.random() < 0.25]
-            for mapping in entry.questions[language]:
-                for style, question in [*mapping.items()] * (2 if language == "de" else 1):
-                    title = question if rng.random() < WHOLE_SHARE else blur(question, rng)
-                    # Some words of a long question may be all of a short one that is held out.
-                    if not {arciva.normalise(question), arciva.normalise(title)} & held_out:
-                        found.append(Document(title, entry.answer(language, style), opening_only=rng.random() < 0.7))
+            found += [Document("", f"{topic}: {text.strip()}") for text in forms.values() if rng.random() < PLAIN_SHARE]
+            asked = [
+                (question, entry.answer(language, style))
+                for mapping in entry.questions[language]
+                for style, question in mapping.items()
+                if arciva.normalise(question) not in held_out
+            ]
+            if not asked:
+                continue
+            # One passage for an entry: several would share a title's weight, and another entry's single one would win.
+            typical = (taught.get(unit) or Counter(answer for _, answer in asked)).most_common(1)[0][0]
+            below = [(q, typical if rng.random() < TYPICAL_SHARE else answer) for q, answer in asked]
+            below += [(term, typical) for term in (terms or {}).get(unit, [])]
+            titled = [(q if rng.random() < WHOLE_SHARE else blur(q, rng), answer) for q, answer in below]
+            titled += [(blur(text, rng, EXCERPT_SHARE), typical) for text in forms.values()]
+            # Some words of a long question may be all of a short one that is held out.
+            found += [
+                Document(title, text, opening_only=rng.random() < OPENING_SHARE)
+                for title, text in titled
+                if arciva.normalise(title) not in held_out
+            ]
     rng.shuffle(found)
     return found
 
@@ -252,7 +312,7 @@ def main() -> int:
     parser.add_argument("--matrix-learning-rate", type=float, default=0.03, help="Muon's")
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=1, help="one leaves the machine's other cores free")
-    parser.add_argument("--others", type=float, default=0.25, help="share of the passes that read what the seed lacks")
+    parser.add_argument("--others", type=float, default=0.1, help="share of the passes that read what the seed lacks")
     parser.add_argument("--vocabulary", type=int, default=6144)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
@@ -262,12 +322,13 @@ def main() -> int:
     if problems:
         raise SystemExit("\n".join(problems))
     held_out = held_out_questions()
+    terms = readable_terms(load_search_terms(entries), held_out)
     if args.go_on_from:
         tokenizer = arciva.load_tokenizer(str(args.go_on_from))
         model = LlamaForCausalLM.from_pretrained(args.go_on_from, dtype=torch.float32)
         earlier = json.loads((args.go_on_from / "training.json").read_text(encoding="utf-8"))
     else:
-        read = documents(entries, held_out, random.Random(SEED), 1.0)
+        read = documents(entries, held_out, random.Random(SEED), 1.0, terms)
         tokenizer, earlier = build_tokenizer([part for d in read for part in (d.title, d.text)], args.vocabulary), []
         model = build_model(tokenizer, args.hidden, args.layers)
     shape = model.config
@@ -276,7 +337,7 @@ def main() -> int:
     args.steps = train(
         model,
         tokenizer,
-        lambda rng: documents(entries, held_out, rng, args.others),
+        lambda rng: documents(entries, held_out, rng, args.others, terms),
         steps=args.steps,
         learning_rate=args.learning_rate,
         matrix_learning_rate=args.matrix_learning_rate,
