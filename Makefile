@@ -17,7 +17,7 @@ test: $(STAMP)
 setup: $(STAMP)
 
 $(STAMP): requirements.txt requirements-dev.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	rm -f $(VENV)/.requirements-*
 	touch $@
@@ -38,7 +38,7 @@ bench: $(STAMP)  ## every benchmark that needs no GPU, on an idle machine; bench
 	$(BIN)/python benchmarks/merge.py --bases
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/first_step.py
-	$(BIN)/python benchmarks/leak.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/leak.py
 
 clean:
 	rm -rf model_output final_merged_model reports checkpoints downloads

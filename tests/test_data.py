@@ -145,6 +145,20 @@ def test_no_held_out_wording_has_a_near_copy_in_training(corpus):
     assert report.known_answers == 0.0
 
 
+def test_what_a_split_gives_away_is_counted_over_its_held_out_rows(corpus):
+    answers = ["A", "B", "A", "C", "D"]
+    examples = [
+        arciva.replace(
+            corpus[0], id=str(i), messages=[{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": a}]
+        )
+        for i, a in enumerate(answers)
+    ]
+    sides = ["train", "test", "validation", "train", "test"]
+    # Row 1 has a near-copy in training, rows 2 and 4 are alike but both held out; row 2's answer is row 0's.
+    assert arciva.leak_rates(examples, sides, [(0, 1), (2, 4)]) == pytest.approx((1 / 3, 1 / 3))
+    assert arciva.leak_rates(examples, ["train"] * 5, [(0, 1)]) == (0, 0)
+
+
 def test_a_fact_whose_only_training_row_was_set_aside_is_unseen(corpus):
     """A held-out wording and its near-copy are all there is about a fact: nothing is left to teach it."""
     question = "How many photos at most may I put into one single collection before the grid becomes slow, roughly? "

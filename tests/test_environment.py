@@ -3,8 +3,12 @@
 import ast
 import contextlib
 import importlib.metadata
+import inspect
+import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,7 +62,10 @@ def test_the_first_cell_notices_what_pip_could_not_install(installed, words, mon
     with pytest.raises(RuntimeError, match=words) if words else contextlib.nullcontext():
         exec(source, {"pip": commands.append})
     assert words or [command.split()[0] for command in commands] == ["install", "uninstall"]
-    assert not commands or ("-c" in commands[0] and "torch==" not in commands[0])
+    if commands:  # the image's own torch, numpy and pandas stay
+        constraints = Path(re.search(r"-c (\S+)", commands[0])[1]).read_text().splitlines()
+        assert {f"{name}=={version(name)}" for name in ("torch", "numpy", "pandas")} <= set(constraints)
+        assert "torch==" not in commands[0]
 
 
 def test_the_first_cell_installs_triton_s_kernels_on_a_gpu_alone(monkeypatch):
@@ -74,12 +81,57 @@ def test_the_first_cell_installs_triton_s_kernels_on_a_gpu_alone(monkeypatch):
         assert ("liger-kernel==" in commands[0]) == installed
 
 
+DEFINING_CALLS = set(
+    "set Path globals re.compile dict.fromkeys functools.partial MetricSpec mean_of counted_by pairwise share_of "
+    "rouge_scorer.RougeScorer UnicodeWords sacrebleu.BLEU sacrebleu.CHRF".split()
+)
+
+
+def calls_at_import(value: ast.AST) -> set[str]:
+    """Names of what is called when the value is computed; methods of literals and bodies of lambdas aside."""
+    found, waiting = set(), [value]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Lambda):
+            continue
+        if isinstance(node, ast.Call) and not (
+            isinstance(node.func, ast.Attribute) and not isinstance(node.func.value, ast.Name)
+        ):
+            found.add(ast.unparse(node.func))
+        waiting += ast.iter_child_nodes(node)
+    return found
+
+
 def test_importing_only_defines():
     allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
     for node in ast.parse((ROOT / "arciva_assistant_poc.py").read_text()).body:
         guard = isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
         logger = isinstance(node, ast.Expr) and ast.unparse(node).startswith("logging.getLogger")
         assert isinstance(node, allowed) or guard or logger, f"line {node.lineno}: {ast.unparse(node)[:80]}"
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value:
+            assert calls_at_import(node.value) <= DEFINING_CALLS, f"line {node.lineno}: {ast.unparse(node)[:80]}"
+
+
+def test_importing_says_and_writes_nothing(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", "import arciva_assistant_poc"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+
+
+def test_the_module_as_a_program_runs_the_whole_pipeline(monkeypatch):
+    guard = ast.parse((ROOT / "arciva_assistant_poc.py").read_text()).body[-1]
+    assert ast.unparse(guard.body) == "sys.exit(run_main(run_with_defaults))"
+    assert ast.unparse(guard.test) == "__name__ == '__main__' and (not running_in_notebook())"
+    assert inspect.signature(arciva.run_pipeline).parameters["stages"].default == arciva.STAGES
+    given = []
+    monkeypatch.setattr(arciva, "run_pipeline", lambda config: given.append(config) or {})
+    assert arciva.run_main(arciva.run_with_defaults) == 0
+    assert given == [arciva.configure(arciva.detect_hardware())[0]]
 
 
 def test_scripts_define_no_training_scoring_or_merging():

@@ -75,7 +75,9 @@ def test_merged_weights_equal_pefts_within_fp16_rounding(tmp_path, chatml, case)
     arciva.merge_adapter(config)
     base = AutoModelForCausalLM.from_pretrained(config.base_model, dtype=torch.float32)
     expected = PeftModel.from_pretrained(base, config.output_dir).merge_and_unload().state_dict()
-    for name, tensor in merged_tensors(config).items():
+    merged = merged_tensors(config)
+    assert merged.keys() == set(arciva.base_shards(config.base_model, None))
+    for name, tensor in merged.items():
         assert tensor.dtype == torch.float16
         # fp16 has 11 significant bits: half a unit in the last place is 2^-11 of the value, and 2^-25 near zero.
         assert torch.allclose(tensor.float(), expected[name].float(), rtol=2**-10, atol=2**-24), name

@@ -96,8 +96,11 @@ def test_no_cell_speaks_of_a_machine(notebook):
     assert not re.search(r"/(work|root|home|tmp)/", json.dumps(notebook.cells))
 
 
-def test_it_runs_top_to_bottom_twice_in_a_row(notebook, tmp_path):
-    """Restart-and-run-all from a fresh state, and again from what the first run left."""
+def test_it_runs_top_to_bottom_twice_in_a_row(notebook, tmp_path, monkeypatch):
+    """Restart-and-run-all from a fresh state, offline, and again from what the first run left."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY"):  # whatever asks for the network finds nobody
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     rows = (ROOT / "data" / "arciva_qa_synthetic.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join(rows[:300]), encoding="utf-8")
     (tmp_path / "data" / "suites").mkdir(parents=True)

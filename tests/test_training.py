@@ -193,8 +193,26 @@ def test_gradients_before_and_after_an_evaluation_are_equal(tiny_base, dtype, ch
     arciva.score_losses(model, items, hardware, row_tokens=512, pad_id=chatml.pad_token_id)
     arciva.generate_answers(model, chatml, ["a?"], hardware, max_new_tokens=3, batch_size=2)
     assert before.abs().max() > 0
+    four_bit = [m for m in model.modules() if isinstance(m, arciva.bnb.nn.Linear4bit)]
+    # Where the CPU has the instructions, bitsandbytes would repack the weights for a kernel without a gradient.
+    assert four_bit and not any(m.support_avx512bf16_for_cpu for m in four_bit)
     with hardware.autocast():
         assert torch.equal(before, adapter_gradients(model, batch))
+
+
+@pytest.mark.parametrize("room_gib", [8.0, 0.0])  # dequantised once, and layer by layer
+def test_four_bit_answers_do_not_depend_on_the_batch(tiny_base, chatml, room_gib, monkeypatch):
+    hardware = arciva.Hardware("cpu", "test", 8.0, torch.bfloat16, "")
+    monkeypatch.setattr(arciva, "free_memory_gib", lambda _: room_gib)
+    model, prompts = (
+        quantized_model(tiny_base, hardware),
+        ["a?", "Wie exportiere ich meine Fotos?", "Where?", "b", "Wo ist es?"],
+    )
+    one, two, five = (
+        arciva.generate_answers(model, chatml, prompts, hardware, max_new_tokens=16, batch_size=size)
+        for size in (1, 2, 5)
+    )
+    assert one == two == five and len({answer.text for answer in one}) > 2
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # qwen2's layers have a bias
@@ -803,6 +821,8 @@ def test_a_run_that_ended_before_its_adapter_was_saved_is_not_trained_again(tiny
     again, weights = train(tiny_config, cpu, keep=True, **settings)
     assert again.resumed_from == again.steps == first.steps and again.best_step == first.best_step
     assert again.history == first.history and again.best_loss == first.best_loss
+    stopped_early = max(entry["epoch"] for entry in first.history) < settings["epochs"]
+    assert stopped_early == ("patience" in settings)
     assert all(torch.equal(expected[n], weights[n]) for n in expected)
 
 
