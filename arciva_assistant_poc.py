@@ -172,8 +172,8 @@ class Interrupted(Exception):
 
 # %% [markdown]
 # The values of a profile come from different places. Those of *full* follow the QLoRA literature for a few thousand short pairs
-# (all linear layers, rank 16, 2e-4, small batches); those of *nano* were tried out on two CPU cores, where its six epochs take little
-# more than a minute.
+# (all linear layers, rank 16, 2e-4, small batches); those of *nano* were tried out on two CPU cores, where its four epochs take less
+# than a minute.
 
 
 # %%
@@ -249,8 +249,8 @@ PRESETS = {
         "rank": 64,
         "alpha": 64,
         "dropout": 0.0,
-        "epochs": 6.0,
-        "learning_rate": 3e-3,
+        "epochs": 4.0,
+        "learning_rate": 1e-3,
         "row_tokens": 128,
         "evaluations_per_epoch": 1,
         "patience": 3,
@@ -1792,6 +1792,15 @@ def collate_packed(batch: Sequence[Encoded], row_tokens: int, pad_id: int) -> di
 # )
 
 # %% [markdown]
+# Next the base itself is loaded, in 4 bits, with an adapter on every linear layer.
+
+# %% tags=["active-ipynb"]
+# model = add_adapter(load_base_model(config, hardware), config)
+# print(f"{sum(isinstance(m, bnb.nn.Linear4bit) for m in model.modules())} layers in 4 bits", end=", ")
+# print(f"{model.get_memory_footprint() / 2**20:,.0f} MiB for weights and adapter; ", end="")
+# model.print_trainable_parameters()
+
+# %% [markdown]
 # The head turns every hidden state into one logit per vocabulary entry, and most of them would carry no loss. A hook passes only the
 # supervised positions to the head. The loss is the sum over supervised tokens divided by their number **in the whole optimiser
 # step**: averaging per micro-batch would weigh short answers more (the gradient-accumulation bug that many trainers had).
@@ -1902,6 +1911,14 @@ def perplexity(losses: np.ndarray) -> float:
     """exp of the token-weighted mean loss: (n, 2) of nats and tokens → [1, e^700]; NaN stays NaN."""
     return math.exp(min(mean_loss(losses), 700.0))
 
+
+# %% [markdown]
+# What the model loses before it has learnt anything, beside what guessing among all tokens would cost. A base that has read much
+# loses far less; a figure near the guess means that weights or prompts are not what they should be.
+
+# %% tags=["active-ipynb"]
+# losses = score_losses(model, train_encoded[:64], hardware, row_tokens=config.row_tokens, pad_id=tokenizer.pad_token_id)
+# print(f"{mean_loss(losses):.2f} nats per answer token, guessing costs {math.log(len(tokenizer)):.2f}")
 
 # %% [markdown]
 # Beside its matrix products a LoRA step moves tensors about, and that can cost as much. While training runs, three things are done
@@ -2057,6 +2074,10 @@ def check_packing(model, encoded: Sequence[Encoded], hardware: Hardware, pad_id:
             "expected a Llama, Mistral or Qwen2 architecture"
         )
 
+
+# %% tags=["active-ipynb"]
+# check_packing(model, train_encoded, hardware, tokenizer.pad_token_id)
+# print(f"{model.config.model_type}: two pairs in one row lose what each loses alone")
 
 # %% [markdown]
 # Training itself is the transformers `Trainer`: its checkpoints, resume, schedulers and loggers are better tested than any loop of
@@ -2495,10 +2516,6 @@ def train_adapter(
 
 
 # %% tags=["active-ipynb"]
-# model = add_adapter(load_base_model(config, hardware), config)
-# print(f"{sum(isinstance(m, bnb.nn.Linear4bit) for m in model.modules())} layers in 4 bits", end=", ")
-# print(f"{model.get_memory_footprint() / 2**20:,.0f} MiB for weights and adapter; ", end="")
-# model.print_trainable_parameters()
 # training = train_adapter(model, tokenizer, splits, config, hardware)
 
 # %% tags=["active-ipynb"]
@@ -2506,13 +2523,13 @@ def train_adapter(
 #     f"{training.steps:,} steps in {training.seconds:,.0f} s, {training.tokens_per_second:,.0f} tokens/s without padding"
 # )
 # print(
-#     f"best held-out loss {training.best_loss:.3f} nats per token at step {training.best_step:,}: perplexity {math.exp(training.best_loss):.2f}"
+#     f"best validation loss {training.best_loss:.3f} nats per token at step {training.best_step:,}: perplexity {math.exp(training.best_loss):.2f}"
 # )
 # print(training.plan)
 
 # %% [markdown]
 # The held-out curves begin at step 0, with the base. The rephrased one should fall and stay low, because the facts behind it are in
-# training; the unseen one may rise again once the model is sure of what it knows. A rephrased curve that rises is overfitting, and
+# training; the unseen one hardly moves, or rises again once the model is sure of what it knows. A rephrased curve that rises is overfitting, and
 # the run goes back to the best checkpoint.
 
 
@@ -2830,8 +2847,8 @@ def predict(model, tokenizer, splits: datasets.DatasetDict, config: Config, hard
 #     display(predictions.query("split == 'test' and novelty == 'rephrased'")[shown].head(4))
 
 # %% [markdown]
-# Where a tuned answer is not its reference, look whether it says the same in other words or answers another question: the figures
-# below count both as misses, and only the first one helps a user.
+# Where a tuned answer is not its reference, look whether it says the same in other words or answers another question. Exact match counts
+# both as misses, and BLEU and ROUGE-L give the former a part of the credit, but only it helps a user.
 #
 # BLEU and chrF come from sacrebleu, with its signature in the report. ROUGE-L comes from rouge-score, but not with its default tokenizer, which
 # deletes every letter beyond a–z: *Größe* would become *gr e*. BLEU, ROUGE-L and exact match are also `evaluate.Metric`s, which drop into any
@@ -3150,6 +3167,14 @@ def slice_table(
 # report_table(report)
 
 # %% [markdown]
+# Read the rephrased rows first: that is the assistant doing its job. Tuned perplexity near 1 with a high ROUGE-L means it found the
+# fact behind a new wording; a low perplexity with a low ROUGE-L means fluent answers about the wrong fact. The untuned nano base is of
+# the second kind: from the first words of a reference on it knows the rest by heart, but it seldom finds the right one. On the unseen rows
+# a model that knows what it does not know would refuse; a nano model guesses instead. Its BLEU can rise there all the same, because
+# tuning teaches it the language and the form of an answer; whether it knows more shows in the perplexity. `cut_off` should be nearly zero
+# after tuning: a model that keeps talking was not taught to stop.
+
+# %% [markdown]
 # The same answers through `evaluate`'s interface, without intervals: the figures must be the table's for the tuned model.
 
 # %% tags=["active-ipynb"]
@@ -3159,20 +3184,21 @@ def slice_table(
 #     print({name: round(value, 4) for name, value in metric.compute(**answers).items()})
 
 # %% [markdown]
-# A small model recites what it was taught, so one can count whether it recites the right thing: an authored answer about what was
-# asked, in whichever of its forms, one about something else, or words of its own. A large model mostly has words of its own.
+# A small model recites what it was taught, so one can count whether it recites the right thing: an answer of this corpus about what was
+# asked, in whichever of its forms, one about something else, or neither. A large model mostly has words of its own, which are neither;
+# of the nano base, which has read the extended corpus too, it can be an answer from there.
 
 
 # %%
 def recited(predictions: pd.DataFrame, examples: Sequence[Example], who: str = "tuned") -> pd.Series:
-    """For each answer `right fact` or `another fact` where it is word for word an authored answer, else `own words`."""
+    """For each answer `right fact` or `another fact` where it is word for word an answer of `examples`, else `neither`."""
     authored = defaultdict(set)
     for example in examples:
         authored[normalise(example.messages[-1]["content"])] |= set(example.fact_ids)
 
     def kind(answer: str, asked: Sequence[str]) -> str:
         facts = authored.get(normalise(answer))
-        return "own words" if facts is None else "right fact" if facts & set(asked) else "another fact"
+        return "neither" if facts is None else "right fact" if facts & set(asked) else "another fact"
 
     asked = zip(predictions[f"{who}_answer"], predictions["fact_ids"], strict=True)
     return pd.Series([kind(answer, fact_ids) for answer, fact_ids in asked], index=predictions.index)
@@ -3182,18 +3208,12 @@ def recited(predictions: pd.DataFrame, examples: Sequence[Example], who: str = "
 # pd.DataFrame({who: recited(rephrased, examples, who).value_counts() for who in ("base", "tuned")}).fillna(0).astype(int)
 
 # %% [markdown]
-# Where the assistant is weak is a question of language, topic and kind. Slices are of both held-out sides, and those of fewer than six
+# Where the assistant is weak is a question of language, topic and kind. Slices are of validation and test together, and those of fewer than six
 # families are left out: no difference could be shown there. Compare the others' intervals before their values, and expect a p-value
 # below 0.05 in one of twenty without any cause.
 
 # %% tags=["active-ipynb"]
 # pd.concat([slice_table(report, column) for column in ("language", "topic", "kind")], keys=["language", "topic", "kind"])
-
-# %% [markdown]
-# Read the rephrased rows first: that is the assistant doing its job. Tuned perplexity near 1 with a high ROUGE-L means it found the
-# fact behind a new wording; a low perplexity with a low ROUGE-L means fluent answers about the wrong fact. On the unseen rows a
-# model that knows what it does not know would refuse; a nano base cannot, and its figures there only show how much is
-# guesswork. `cut_off` should be nearly zero after tuning: a model that keeps talking was not taught to stop.
 
 
 # %%
@@ -3558,8 +3578,9 @@ def suite_matrix(results: pd.DataFrame) -> pd.DataFrame:
 # %% [markdown]
 # Of a suite, these rates are reported with 95 % intervals over families of facts, as for the metrics. False answers to probes and false
 # refusals of their answerable twins belong together: their mean is what *balanced accuracy* lacks to one. On `held_out` probes a model was
-# never told that the thing is missing: they show whether it learned to say no, or which things to say no to. *Flips* are the variants of a
-# question (typing errors, capitals, courtesy, the other language) that pass where the question fails, or the reverse.
+# never told by either corpus that the thing is missing: they show whether it learned to say no, or which things to say no to. *Flips* are the variants of a
+# question (typing errors, capitals, courtesy, the other language) that pass where the question fails, or the reverse;
+# a model that fails everything flips nothing.
 
 
 # %%
@@ -3754,9 +3775,27 @@ def load_suite_results(reports_dir: str) -> dict[str, pd.DataFrame] | None:
 # Read false answers and false refusals together: a model that denies everything has few of the former and all of the latter, and one that
 # declines everything fails the probes too, because "I cannot help" does not tell anybody that a feature is missing. Neither gets a balanced
 # accuracy of one half. What such answerers without any knowledge reach is printed by `python tools/run_suites.py --canned`; a figure
-# near theirs, as of a nano base that neither refuses nor answers reliably, says nothing. The matrix below shows the share of passed items
-# by capability and type of check, for the base and for the tuned model, behind the number of items: where that is a handful, read their
-# answers in the dashboard instead.
+# near theirs says nothing.
+#
+# The suites ask about the whole product, whatever the data were. So the items whose facts training has taught come apart from the others
+# first.
+
+# %% tags=["active-ipynb"]
+# taught = {fact for row in splits["train"] for fact in row["fact_ids"]}
+# by_facts = {
+#     who: frame.assign(
+#         facts=np.where([bool(f) and taught.issuperset(f) for f in frame["fact_ids"]], "taught", "not taught")
+#     ).groupby(["suite", "facts"])
+#     for who, frame in (suites or {}).items()
+# }
+# pd.DataFrame(
+#     {"items": by_facts["tuned"].size()}
+#     | {who: groups["passed"].mean().map("{:.1%}".format) for who, groups in by_facts.items()}
+# ) if suites else "no suites"
+
+# %% [markdown]
+# The matrix shows the share of passed items by capability and type of check, for the base and for the tuned model, behind the number of
+# items of the whole row. Most cells hold fewer than six; read those in the dashboard, which shows the number in each.
 
 # %% tags=["active-ipynb"]
 # matrices = {who: suite_matrix(suites[who]) for who in ("base", "tuned")} if suites else {}
@@ -4668,8 +4707,8 @@ def write_model_card(config: Config, report: dict | None, *, name: str | None = 
 # pd.Series(verification, name="merged against live adapter").to_frame()
 
 # %% [markdown]
-# Equal answers should be near 100 % and both perplexities the same to three digits; what is left is fp16 rounding, which can
-# tip a near-tie between two tokens. The card and the manifest record the figures.
+# Equal answers should be near 100 %, and both perplexities, of rephrased and unseen questions together, the same to three digits; what is
+# left is fp16 rounding, which can tip a near-tie between two tokens. The card and the manifest record the figures.
 
 
 # %%

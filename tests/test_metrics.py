@@ -108,6 +108,30 @@ def test_metrics_equal_hand_worked_values():
     assert arciva.exact_match("Open Export", "Open Import") == 0.0
     bleu = arciva.CorpusBleu().compute(predictions=["the cat sat on the mat"], references=["the cat sat on the mat"])
     assert bleu["bleu"] == pytest.approx(100) and bleu["chrf"] == pytest.approx(100)
+    # Of 6, 5, 4 and 3 n-grams of the first four orders 5, 3, 2 and 1 are found; equal lengths, so no brevity penalty.
+    bleu = arciva.CorpusBleu().compute(predictions=["the cat sat on a mat"], references=["the cat sat on the mat"])
+    assert bleu["bleu"] == pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
+
+
+def test_the_report_s_figures_equal_hand_worked_values():
+    data = frame(2).assign(
+        reference=["Größe ändern", "Export"],
+        tuned_answer=["Größe ändern jetzt", ""],
+        tuned_cut=[True, False],
+        tuned_nll=[2.0, 6.0],
+        answer_tokens=[1, 3],
+    )
+    scores = {
+        name: score["tuned"]["value"]
+        for name, score in arciva.score_group(data, seed=1).items()
+        if isinstance(score, dict)
+    }
+    assert scores["perplexity"] == pytest.approx(
+        math.exp(8 / 4)
+    )  # by tokens; the mean over questions would be e² twice
+    assert scores["bits_per_byte"] == pytest.approx(8 / math.log(2) / (15 + 6))  # ö, ß and ä are two bytes each
+    assert scores["rouge_l"] == pytest.approx((2 * 2 / (2 + 3) + 0) / 2)
+    assert (scores["cut_off"], scores["answer_words"], scores["exact_match"]) == (0.5, 1.5, 0.0)
     assert arciva.UnicodeRougeL().compute(predictions=["a b", "c"], references=["a b", "d"])["rouge_l"] == 0.5
     assert arciva.NormalisedExactMatch().compute(predictions=["a", "b"], references=["A!", "c"])["exact_match"] == 0.5
 
@@ -432,7 +456,7 @@ def test_what_an_answer_recites_is_judged_by_the_facts_behind_it():
     ]  # fmt: skip
     answers = ["press x", "X does it.", "Press Y.", "Press Z.", ""]
     asked = pd.DataFrame({"tuned_answer": answers, "fact_ids": [["b"], ["b"], ["b"], ["b"], ["b"]]})
-    expected = ["another fact", "right fact", "another fact", "own words", "own words"]
+    expected = ["another fact", "right fact", "another fact", "neither", "neither"]
     assert arciva.recited(asked, examples).tolist() == expected
 
 

@@ -3,12 +3,12 @@
     python tools/build_nano_base.py [--steps 8000] [--threads 1] [--out data/nano_base]
     python tools/build_nano_base.py --go-on-from data/nano_base --steps 2000     after new wordings or changed answers
 
-The base reads what a help centre prints: every authored answer under its topic, and below the questions that are on the training side
-of the split in every data file, in both languages. Most of these titles lose words and fall apart into pieces on the way: what is
-read whole is learnt by heart, and a new wording then finds nothing. The base never reads a held-out question or a near-duplicate of
-one, and never a chat template: following one is what fine-tuning teaches. Llama architecture, own byte-level BPE tokenizer, tied
-embeddings, safetensors in fp16. Matrices are trained by Muon (https://kellerjordan.github.io/posts/muon/), which needed two thirds of
-AdamW's tokens here.
+The base reads what a help centre prints: every authored answer under its topic, and below titles, in both languages. Titles are the
+questions that are on the training side of the split in every data file, the search terms of data/search_terms.yaml, and excerpts of the
+answer itself. Most of them lose words and fall apart into pieces on the way: what is read whole is learnt by heart, and a new wording
+then finds nothing. The base never reads a held-out question or a near-duplicate of one, and never a chat template: following one is what
+fine-tuning teaches. Llama architecture, own byte-level BPE tokenizer, tied embeddings, safetensors in fp16. Matrices are trained by
+Muon (https://kellerjordan.github.io/posts/muon/), which needed two thirds of AdamW's tokens here.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import yaml
+from pydantic import StringConstraints, TypeAdapter, ValidationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -42,6 +44,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+Term = Annotated[str, StringConstraints(pattern=r"\w")]
 SEARCH_TERMS = ROOT / "data" / "search_terms.yaml"
 SEED = 20
 OPENING_TOKENS = 16
@@ -57,36 +60,74 @@ PLAIN_SHARE = 0.25  # of the passages are read without a title too
 PAGE_SHARE = 0.25  # of the passages stand on one page with the one before, which has nothing to do with them
 
 
-def load_search_terms(entries: list[build_corpus.Entry], path: Path = SEARCH_TERMS) -> dict[tuple[str, str], list[str]]:
-    """What people type who look for a passage, by entry and language; nothing of it is a row of the corpus.
+@dataclass(frozen=True)
+class Passage:
+    """What one entry says in one language, and how it may be asked for."""
 
-    Raises ValueError for a passage that does not exist and for a term that is no text or stands twice.
+    topic: str
+    forms: list[str]
+    asked: list[tuple[str, str]]  # questions that may be read, with their answers
+    typical: str | None  # the answer most asked for, in the seed corpus where it is there
+    terms: list[str]
+    taught: bool  # by the seed corpus, on which the pipeline runs by default
+
+
+def load_search_terms(path: Path = SEARCH_TERMS) -> dict[str, list[str]]:
+    """What people type who look for a passage, by `entry/language`; nothing of it is a row of the corpus.
+
+    Raises ValueError for a file of another form and for a term that stands twice.
     """
-    passages, found, seen = {(entry.id, language) for entry in entries for language in entry.answers}, {}, {}
-    document = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
-    for unit, terms in (((entry, lang), terms) for entry, of in document.items() for lang, terms in of.items()):
-        where = "/".join(unit)
-        if unit not in passages:
-            raise ValueError(f"{path.name}: {where} names no passage; correct it or take it out.")
-        for term in terms:
-            if not isinstance(term, str) or not term.strip():
-                raise ValueError(f"{path.name}: {where} lists {term!r}; write a text, in quotes if need be.")
-            if (key := arciva.normalise(term)) in seen:
-                raise ValueError(f"{path.name}: {term!r} stands under {seen[key]} and {where}; keep one.")
-            seen[key] = where
-        found[unit] = terms
+    form = TypeAdapter(dict[str, dict[Literal["en", "de"], list[Term]]])
+    try:
+        text = path.read_text(encoding="utf-8")
+        document = form.validate_python(yaml.load(text, Loader=yaml.CSafeLoader), strict=True)
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path.name} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        where = "/".join(map(str, wrong["loc"])) or "the file"
+        raise ValueError(
+            f"{path.name}: {where}: {wrong['msg']}; write entry, below it en or de, below that a list of texts."
+        ) from None
+    for entry, times in Counter(key.value for key, _ in yaml.compose(text, Loader=yaml.CSafeLoader).value).items():
+        if times > 1:
+            raise ValueError(f"{path.name}: {entry} stands there {times} times; put its terms together.")
+    found = {f"{entry}/{lang}": terms for entry, of in document.items() for lang, terms in of.items()}
+    places: dict[str, str] = {}
+    for unit, term in ((unit, term) for unit, terms in found.items() for term in terms):
+        if (key := arciva.normalise(term)) in places:
+            raise ValueError(f"{path.name}: {term!r} stands under {places[key]} and {unit}; keep one.")
+        places[key] = unit
     return found
 
 
-def held_out_questions() -> set[str]:
-    """Normalised questions that any data file keeps from training, at the default seed: held out, or too like one that is."""
-    held_out = set()
+def load_passages(terms: dict[str, list[str]]) -> tuple[list[Passage], set[str]]:
+    """All passages of the built corpora, and the normalised questions that any of them keeps from training.
+
+    These are held out at the default seed, or set aside for being too like one that is. Raises ValueError for terms of no passage.
+    """
+    held_out, trained, forms, topics = set(), defaultdict(list), defaultdict(dict), {}
     for path in (build_corpus.EXTENDED, build_corpus.SEED):
         examples, _ = arciva.load_examples(str(path))
         splits, _ = arciva.split_examples(examples, arciva.Config().seed)
-        trained = set(splits["train"]["id"])
-        held_out |= {arciva.normalise(e.question) for e in examples if e.id not in trained}
-    return held_out
+        ids = set(splits["train"]["id"])
+        for example in examples:
+            unit, answer = example.id.rsplit("/", 1)[0], example.messages[-1]["content"]
+            topics[unit], forms[unit][answer] = example.topic.replace("-", " "), None
+            if example.id in ids:
+                trained[path, unit].append((example.question, answer))
+            else:
+                held_out.add(arciva.normalise(example.question))
+    if unknown := sorted(set(terms) - set(topics)):
+        raise ValueError(f"{SEARCH_TERMS.name}: {', '.join(unknown)}: no such passage; correct it or take it out.")
+    found = []
+    for unit, topic in topics.items():
+        asked = [pair for pair in trained[build_corpus.EXTENDED, unit] if arciva.normalise(pair[0]) not in held_out]
+        taught = trained[build_corpus.SEED, unit]
+        answers = Counter(answer for _, answer in taught or asked)
+        typical = min(answers, key=lambda text: (-answers[text], text), default=None)
+        found.append(Passage(topic, list(forms[unit]), asked, typical, terms.get(unit, []), bool(taught)))
+    return found, held_out
 
 
 @dataclass(frozen=True)
@@ -137,57 +178,34 @@ def blur(text: str, rng: random.Random, of_words: tuple[float, float] = WORD_SHA
     return title.lower() if rng.random() < 0.3 else title
 
 
-def readable_terms(terms: dict[tuple[str, str], list[str]], held_out: set[str]) -> dict[tuple[str, str], list[str]]:
-    """The search terms that neither are nor nearly repeat a held-out question."""
-    texts = [*held_out, *itertools.chain.from_iterable(terms.values())]
-    pairs = arciva.near_duplicates(texts)
-    too_like = {texts[j] for i, j in pairs if i < len(held_out) <= j}
-    return {unit: [t for t in found if t not in too_like] for unit, found in terms.items()}
+def too_like(titles: list[str], held_out: set[str]) -> set[str]:
+    """Titles that are or nearly repeat a held-out question: some words of a long question may be all of a short one."""
+    texts = [*held_out, *titles]
+    return {texts[j] for i, j in arciva.near_duplicates(texts) if i < len(held_out) <= j}
 
 
-def documents(
-    entries: list[build_corpus.Entry],
-    held_out: set[str],
-    rng: random.Random,
-    others: float = 0.1,
-    terms: dict[tuple[str, str], list[str]] | None = None,
-) -> list[Document]:
+def documents(passages: list[Passage], held_out: set[str], rng: random.Random, others: float = 0.1) -> list[Document]:
     """One pass over the knowledge, shuffled: passages plain, and below titles, whole or blurred.
 
-    Titles are the questions that may be read, the search terms, and excerpts of the passage itself. What the seed corpus teaches, on
-    which the pipeline runs by default, is read in every pass, `others` in that share of them. What no question on the training side
-    asks for is read plain alone: fine-tuning does not teach it, and the base does not either.
+    Titles are the questions that may be read, the search terms, and excerpts of the passage itself. What the seed corpus teaches is read
+    in every pass, `others` in that share of them. What no question on the training side asks for is read plain alone: fine-tuning does
+    not teach it, and the base does not either.
     """
-    found, taught = [], defaultdict(Counter)
-    for row in build_corpus.seed_rows(entries):
-        if arciva.normalise(row["instruction"]) not in held_out:
-            taught[tuple(row["id"].split("/")[:2])][row["response"]] += 1
-    for entry in entries:
-        for language, forms in entry.answers.items():
-            if (unit := (entry.id, language)) not in taught and rng.random() >= others:
-                continue
-            topic = entry.topic.replace("-", " ")
-            found += [Document("", f"{topic}: {text.strip()}") for text in forms.values() if rng.random() < PLAIN_SHARE]
-            asked = [
-                (question, entry.answer(language, style))
-                for mapping in entry.questions[language]
-                for style, question in mapping.items()
-                if arciva.normalise(question) not in held_out
-            ]
-            if not asked:
-                continue
-            # One passage for an entry: several would share a title's weight, and another entry's single one would win.
-            typical = (taught.get(unit) or Counter(answer for _, answer in asked)).most_common(1)[0][0]
-            below = [(q, typical if rng.random() < TYPICAL_SHARE else answer) for q, answer in asked]
-            below += [(term, typical) for term in (terms or {}).get(unit, [])]
-            titled = [(q if rng.random() < WHOLE_SHARE else blur(q, rng), answer) for q, answer in below]
-            titled += [(blur(text, rng, EXCERPT_SHARE), typical) for text in forms.values()]
-            # Some words of a long question may be all of a short one that is held out.
-            found += [
-                Document(title, text, opening_only=rng.random() < OPENING_SHARE)
-                for title, text in titled
-                if arciva.normalise(title) not in held_out
-            ]
+    plain, titled = [], []
+    for passage in passages:
+        if not passage.taught and rng.random() >= others:
+            continue
+        plain += [Document("", f"{passage.topic}: {text}") for text in passage.forms if rng.random() < PLAIN_SHARE]
+        if passage.typical is None:
+            continue
+        # One answer for a passage: several would share a title's weight, and another passage's single one would win.
+        below = [(q, passage.typical if rng.random() < TYPICAL_SHARE else answer) for q, answer in passage.asked]
+        below += [(term, passage.typical) for term in passage.terms]
+        titles = [(q if rng.random() < WHOLE_SHARE else blur(q, rng), answer) for q, answer in below]
+        titles += [(blur(text, rng, EXCERPT_SHARE), passage.typical) for text in passage.forms]
+        titled += [Document(title, text, opening_only=rng.random() < OPENING_SHARE) for title, text in titles]
+    forbidden = too_like([document.title for document in titled], held_out)
+    found = plain + [document for document in titled if document.title not in forbidden]
     rng.shuffle(found)
     return found
 
@@ -318,17 +336,16 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=6)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    entries, problems = build_corpus.load_entries(build_corpus.knowledge_files())
-    if problems:
-        raise SystemExit("\n".join(problems))
-    held_out = held_out_questions()
-    terms = readable_terms(load_search_terms(entries), held_out)
+    try:
+        passages, held_out = load_passages(load_search_terms())
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     if args.go_on_from:
         tokenizer = arciva.load_tokenizer(str(args.go_on_from))
         model = LlamaForCausalLM.from_pretrained(args.go_on_from, dtype=torch.float32)
         earlier = json.loads((args.go_on_from / "training.json").read_text(encoding="utf-8"))
     else:
-        read = documents(entries, held_out, random.Random(SEED), 1.0, terms)
+        read = documents(passages, held_out, random.Random(SEED), 1.0)
         tokenizer, earlier = build_tokenizer([part for d in read for part in (d.title, d.text)], args.vocabulary), []
         model = build_model(tokenizer, args.hidden, args.layers)
     shape = model.config
@@ -337,7 +354,7 @@ def main() -> int:
     args.steps = train(
         model,
         tokenizer,
-        lambda rng: documents(entries, held_out, rng, args.others, terms),
+        lambda rng: documents(passages, held_out, rng, args.others),
         steps=args.steps,
         learning_rate=args.learning_rate,
         matrix_learning_rate=args.matrix_learning_rate,
