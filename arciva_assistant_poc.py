@@ -3786,7 +3786,7 @@ def load_suite_results(reports_dir: str) -> dict[str, pd.DataFrame] | None:
 #     who: frame.assign(
 #         facts=np.where([bool(f) and taught.issuperset(f) for f in frame["fact_ids"]], "taught", "not taught")
 #     ).groupby(["suite", "facts"])
-#     for who, frame in (suites or {}).items()
+#     for who, frame in sorted((suites or {}).items())
 # }
 # pd.DataFrame(
 #     {"items": by_facts["tuned"].size()}
